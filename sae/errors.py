@@ -1,0 +1,17 @@
+"""The one error that a user can cause."""
+
+
+class UserError(ValueError):
+    """Something the user can put right: what must hold, what was found, what to do.
+
+    The command line prints it as one message and exits with code 2; notebooks see a ValueError.
+    """
+
+    def __init__(self, must: str, found: str, do: str) -> None:
+        super().__init__(f"{_sentence(must)} Found: {_sentence(found)} {_sentence(do)}")
+        self.must, self.found, self.do = must, found, do
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    return text if text.endswith((".", "!", "?")) else text + "."

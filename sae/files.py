@@ -1,0 +1,130 @@
+"""Files that are whole or absent: written beside, flushed to the disk, renamed."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from sae.errors import UserError
+
+_REMEDIES = {
+    errno.ENOSPC: ("the disk must have room for the file", "free some space or choose another folder"),
+    errno.EDQUOT: ("the disk quota must have room for the file", "free some space or choose another folder"),
+    errno.EACCES: ("the folder must be writable", "change its permissions or choose another folder"),
+    errno.EPERM: ("the folder must be writable", "change its permissions or choose another folder"),
+    errno.EROFS: ("the folder must be writable", "choose a folder that is not mounted read-only"),
+    errno.ENOTDIR: ("a folder must stand at that path", "choose another folder"),
+    errno.EEXIST: ("a folder must stand at that path", "choose another folder"),
+}
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """Turns the operating system's refusals while writing `path` into a UserError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors wraps the operating system's error in one of its own and keeps only its text
+        code = getattr(error, "errno", None) or next((c for c in _REMEDIES if f"os error {c})" in str(error)), None)
+        if code not in _REMEDIES:
+            raise
+        must, do = _REMEDIES[code]
+        raise UserError(must, f"{os.strerror(code)} while writing {path}", do) from error
+
+
+def make_folder(path: Path | str) -> Path:
+    """Creates a folder and its parents; a refusal is a UserError."""
+    path = Path(path)
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def atomic_write(path: Path | str, content: bytes | Callable[[Path], object]) -> None:
+    """Writes a file so that a reader sees the old one or the whole new one, never a part.
+
+    `content` is the bytes themselves or a function that writes them to the path it is given. On any
+    failure the temporary file is removed and what stood at `path` is untouched.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    with disk_errors(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            if isinstance(content, bytes):
+                temporary.write_bytes(content)
+            else:
+                content(temporary)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: Any) -> None:
+    """Writes JSON atomically; NaN and infinity are refused, since other readers refuse them."""
+    atomic_write(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Reads JSON. Raises UserError naming the file when it is missing or is not JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path.name} must be there", f"no file {path}", "check the path") from error
+    except ValueError as error:
+        raise UserError(f"{path} must hold JSON", str(error), "restore the file or write it again") from error
+
+
+def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file atomically."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, lambda temporary: safetensors.torch.save_file(contiguous, temporary, dict(metadata or {})))
+
+
+def load_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:
+    """Reads a safetensors file. Raises UserError naming the file when it is missing or torn."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path.name} must be there", f"no file {path}", "check the path")
+    try:
+        return safetensors.torch.load_file(path, device=device)
+    except SafetensorError as error:
+        raise UserError(f"{path} must be a whole safetensors file", str(error), "restore the file or write it again") from error
+
+
+def sha256_file(path: Path | str) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    # the rename itself is durable only once its folder is flushed; not every platform lets a folder be opened
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
