@@ -1,0 +1,1 @@
+"""One training step of a JumpReLU dictionary, in more than one way: `reference` defines it, the others must equal it."""

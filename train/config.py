@@ -1,0 +1,123 @@
+"""What a training run is told: one dataclass, which is also the command line and the file in the run folder."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sae.errors import UserError
+from sae.losses import SparsityKind
+from sae.numbers import parse_count, parse_size, parse_width
+
+Count = Annotated[int, tyro.conf.arg(constructor=parse_count, metavar="N")]
+Width = Annotated[int, tyro.conf.arg(constructor=parse_width, metavar="N")]
+Size = Annotated[int, tyro.conf.arg(constructor=parse_size, metavar="SIZE")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train one JumpReLU dictionary for each site of a language model, all from the same forward passes."""
+
+    model: str = "gemma-3-270m"
+    """Language model: a name of `jumpscope models`, a hub id, a transformers folder or a .gguf file."""
+    corpus: str = "wiki-leads"
+    """Text: a name of `jumpscope corpora`, a .txt, .jsonl or .parquet file, or a `datasets` name (streamed)."""
+    sites: str = "resid_post"
+    """Kinds of site, with commas: resid_post, resid_mid, resid_pre, mlp_out, attn_out, attn_z."""
+    layers: str = "all"
+    """Layers: all, 9, 3-8 (both ends), ::2, or several with commas."""
+    width: Width = 4096
+    """Latents in each dictionary; 16k means 16,384."""
+    l0: float = 50.0
+    """Target L0: latents firing on a token, on average. The main knob."""
+    tokens: Count = 250_000
+    """Tokens to harvest; each trains every dictionary `passes` times."""
+    passes: Count = 4
+    """How often a harvested row is trained on before it leaves memory. On a CPU the model costs more than the step."""
+    batch: Count = 2048
+    """Rows in a training step."""
+    context: Count = 256
+    """Tokens in a block, BOS included."""
+    model_batch: Count = 8
+    """Blocks in a forward pass."""
+    lr: float = 2e-3
+    """Adam's learning rate for weights and biases, at its height."""
+    threshold_lr: float = 1e-3
+    """The same for the thresholds."""
+    warmup: float = 0.04
+    """Share of the steps over which the learning rate rises from zero."""
+    decay: float = 0.2
+    """Share of the steps, at the end, over which it falls to zero."""
+    sparsity: SparsityKind = "quadratic"
+    """Sparsity term; see sae/losses.py."""
+    sparsity_coefficient: float = 0.1
+    """Its weight, in units of the mean squared error of predicting the mean."""
+    bandwidth: float = 0.5
+    """Window of the threshold's gradient, in standard deviations of the first pre-activations."""
+    l0_start: float = 1.5
+    """L0 at the start, in multiples of the target."""
+    l0_anneal: float = 0.3
+    """Share of the steps over which the L0 aimed at falls to the target."""
+    beta1: float = 0.9
+    """Adam's first moment; 0 keeps none."""
+    beta2: float = 0.999
+    """Adam's second moment."""
+    dead_after: Count = 100_000
+    """Training tokens of silence after which a latent counts as dead."""
+    memory: Size = 4 * 2**30
+    """Memory that the run may take, the model included. The rest after fixed costs is the shuffle ring."""
+    seed: int = 0
+    """Decides the documents' order, the batches and the first weights."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """The model's dtype and that of the rows in memory. auto: bfloat16 where the hardware has it."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    store: str = ""
+    """Train from a folder that `jumpscope harvest` wrote instead of running the model."""
+    out: str = "runs/train"
+    """Run folder to create."""
+    log_every: Count = 10
+    """Steps between lines of metrics.jsonl."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Mirror the metrics to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "l0", "tokens", "passes", "batch", "model_batch", "lr", "threshold_lr", "bandwidth", "l0_start", "dead_after", "memory", "log_every"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"--{_flag(name)} must be above zero", f"{getattr(self, name)}", "give a positive number")
+        if self.l0 > self.width:
+            raise UserError("--l0 must not exceed --width: no more latents can fire than there are", f"--l0 {self.l0:g} with --width {self.width}", "lower --l0 or raise --width")
+        if self.tokens < self.batch:
+            raise UserError("--tokens must fill at least one batch", f"--tokens {self.tokens} with --batch {self.batch}", "raise --tokens or lower --batch")
+        if self.context < 2:
+            raise UserError("--context must be at least 2: BOS and a token", f"{self.context}", "the default 256 suits most corpora")
+        for name in ("warmup", "decay", "l0_anneal"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{_flag(name)} is a share of the steps, from 0 to 1", f"{getattr(self, name)}", "give a number from 0 to 1")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{_flag(name)} must be from 0 to below 1", f"{getattr(self, name)}", "the defaults 0.9 and 0.999 suit most runs")
+        if self.sparsity_coefficient < 0:
+            raise UserError("--sparsity-coefficient must not be negative", f"{self.sparsity_coefficient}", "the default 0.1 suits most runs")
+
+    @property
+    def steps(self) -> int:
+        """Training steps, if the corpus holds `tokens` tokens."""
+        return self.tokens * self.passes // self.batch
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """The inverse of `to_dict`. Raises UserError for a key it does not know."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise UserError("a training config must hold known keys only", f"unknown {unknown}", f"known keys: {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")
