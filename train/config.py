@@ -1,18 +1,29 @@
 """What a training run is told: one dataclass, which is also the command line and the file in the run folder."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from sae.errors import UserError
 from sae.losses import SparsityKind
 from sae.numbers import parse_count, parse_size, parse_width
 
-Count = Annotated[int, tyro.conf.arg(constructor=parse_count, metavar="N")]
-Width = Annotated[int, tyro.conf.arg(constructor=parse_width, metavar="N")]
-Size = Annotated[int, tyro.conf.arg(constructor=parse_size, metavar="SIZE")]
+
+def _number(parse: Callable[[str], int], metavar: str) -> PrimitiveConstructorSpec[int]:
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: parse(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+Count = Annotated[int, _number(parse_count, "N")]
+Width = Annotated[int, _number(parse_width, "N")]
+Size = Annotated[int, _number(parse_size, "SIZE")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
