@@ -1,0 +1,147 @@
+"""All that a training run leaves behind, and where each piece lies (DESIGN.md, "A run folder").
+
+The viewer reads runs through this module alone, so it imports nothing of the training itself.
+"""
+
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from sae.errors import UserError
+from sae.files import disk_errors, make_folder, read_json, write_json
+
+RUN, METRICS, EVAL = "run.json", "metrics.jsonl", "eval.json"
+FORMAT = 1
+_VERSIONS = ("jumpscope", "torch", "transformers", "transformer-lens")
+
+
+class RunFolder:
+    """A run's folder on disk. `create` makes one, `open` reads one; both raise UserError."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path = path
+        self._record = record
+
+    @classmethod
+    def create(cls, path: Path | str, config: Mapping[str, Any], *, sites: list[str], device: str) -> "RunFolder":
+        """Makes a new run folder. Refuses a folder that holds anything."""
+        path = Path(path)
+        refuse_occupied(path)
+        make_folder(path)
+        record = {
+            "format": FORMAT,
+            "config": dict(config),
+            "sites": list(sites),
+            "device": device,
+            "state": "running",
+            "git_commit": _git_commit(),
+            "versions": {name: _version(name) for name in _VERSIONS},
+        }
+        run = cls(path, record)
+        run._write()
+        return run
+
+    @classmethod
+    def open(cls, path: Path | str) -> "RunFolder":
+        """Opens a run folder. Refuses one that a newer version wrote."""
+        path = Path(path)
+        if not (path / RUN).is_file():
+            raise UserError(f"a run folder must hold {RUN}", f"none in {path}", "give the folder that `jumpscope train --out` made")
+        record = read_json(path / RUN)
+        if not isinstance(record, dict) or record.get("format", 0) > FORMAT:
+            found = record.get("format") if isinstance(record, dict) else type(record).__name__
+            raise UserError(f"{path / RUN} must be of format {FORMAT} or older", f"{found}", "update jumpscope")
+        return cls(path, record)
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.resolve().name
+
+    def config(self) -> dict[str, Any]:
+        """The resolved training config."""
+        return dict(self._record["config"])
+
+    def record(self) -> dict[str, Any]:
+        """Everything run.json holds: config, sites, device, state, versions, git commit and the run's totals."""
+        return dict(self._record)
+
+    def sites(self) -> list[str]:
+        """The sites trained, in layer order."""
+        return list(self._record["sites"])
+
+    def state(self) -> str:
+        """`running`, `done`, `stopped: why` or `failed: why`."""
+        return self._record["state"]
+
+    def set_state(self, state: str, **totals: Any) -> None:
+        """Records how the run stands, with any totals (steps, rows, seconds) beside it."""
+        self._record.update(state=state, **totals)
+        self._write()
+
+    def site_dir(self, site: str) -> Path:
+        """Folder of a site's dictionary: cfg.json and sae_weights.safetensors."""
+        return self.path / "sites" / site
+
+    def index_dir(self, site: str) -> Path:
+        """Folder of a site's feature index."""
+        return self.path / "index" / site
+
+    def log(self, lines: list[dict[str, Any]]) -> None:
+        """Appends lines to metrics.jsonl."""
+        with disk_errors(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+
+    def metrics(self) -> pd.DataFrame:
+        """metrics.jsonl as a table, a row per logging step and site. A last line cut short by a kill is left out."""
+        path = self.path / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        rows = []
+        for number, line in enumerate(lines):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                if number < len(lines) - 1:
+                    raise UserError(f"{path} must hold a line of JSON per row", f"line {number + 1}: {error}", "restore the file") from error
+        return pd.DataFrame(rows)
+
+    def write_eval(self, table: Mapping[str, Mapping[str, Any]]) -> None:
+        """Writes eval.json: {site: {metric: value}}."""
+        write_json(self.path / EVAL, table)
+
+    def eval_table(self) -> dict[str, dict[str, Any]]:
+        """Held-out metrics by site; empty when `jumpscope eval` has not run yet."""
+        return read_json(self.path / EVAL) if (self.path / EVAL).is_file() else {}
+
+    def _write(self) -> None:
+        write_json(self.path / RUN, self._record)
+
+
+def refuse_occupied(path: Path | str) -> None:
+    """Raises UserError when something stands where a run folder is to be made."""
+    path = Path(path)
+    if (path / RUN).is_file():
+        raise UserError("--out must be a new folder", f"{path} holds another run", "choose another --out, or delete that run first")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError("--out must be a new or an empty folder", f"{path} holds other files", "choose another --out")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
