@@ -21,10 +21,10 @@ _HOOKS = {
 """Each kind's hook inside its block, in the order in which a block computes them."""
 
 KINDS: tuple[str, ...] = tuple(_HOOKS)
-"""resid_pre: the residual stream entering the block; attn_z: the heads' outputs, concatenated, before the output
-projection; attn_out and mlp_out: what attention and MLP add to the residual stream (after their post-norm, where
-the model has one); resid_mid: the residual stream between them; mlp_in: what the MLP reads (after its norm);
-resid_post: the residual stream leaving the block."""
+"""resid_pre: the residual stream entering the block; attn_z: the heads' outputs, concatenated, before the
+output projection; attn_out and mlp_out: what attention and MLP add to the residual stream (after their post-
+norm, where the model has one); resid_mid: the residual stream between them; mlp_in: what the MLP reads (after
+its norm); resid_post: the residual stream leaving the block."""
 
 _KIND_OF_HOOK = {hook: kind for kind, hook in _HOOKS.items()}
 _SITE = re.compile(r"blocks\.(\d+)\.(.+)")
@@ -36,7 +36,8 @@ def parse_layers(spec: str, n_layers: int) -> tuple[int, ...]:
     """Layers named by `spec`, sorted, each once.
 
     `all`; `9`; `3-8` (both ends included); Python slices such as `::2` and `-4:`; and any of these joined by
-    commas. Raises UserError for what cannot be read, for a layer the model does not have, and for an empty result.
+    commas. Raises UserError for what cannot be read, for a layer the model does not have, and for an empty
+    result.
     """
     layers: set[int] = set()
     for part in (piece.strip() for piece in spec.split(",")):
@@ -53,8 +54,8 @@ def parse_layers(spec: str, n_layers: int) -> tuple[int, ...]:
 def expand_sites(kinds: str, layers: str, n_layers: int) -> tuple[str, ...]:
     """Site names for kinds and layers, sorted by layer and then in the order a block computes them.
 
-    `kinds` is one kind or several joined by commas. A full TransformerLens name may stand among them: it is taken
-    as it is, whatever `layers` says. Raises UserError for an unknown kind and for a layer out of range.
+    `kinds` is one kind or several joined by commas. A full TransformerLens name may stand among them: it is
+    taken as it is, whatever `layers` says. Raises UserError for an unknown kind and for a layer out of range.
     """
     names = [name.strip() for name in kinds.split(",") if name.strip()]
     if not names:

@@ -1,0 +1,154 @@
+"""A .gguf file becomes a transformers folder, once: written beside, flushed, renamed, and checked when
+read."""
+
+import importlib.metadata
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from activations.gguf_file import check_whole
+from sae.errors import UserError
+from sae.files import disk_errors, make_folder, read_json, sha256_file, write_json
+
+CONVERTER_VERSION = 1
+"""Counts changes to what a conversion writes; older copies are then converted again."""
+
+_MANIFEST = "jumpscope.json"
+logger = logging.getLogger("jumpscope")
+
+
+def converted_folder(folder: Path, fetch: Callable[[Path], Path], *, note: str, progress: bool) -> Path:
+    """`folder` with the converted model in it, converting only when it is not there or is torn.
+
+    `fetch` is given a scratch folder and returns the path of the .gguf file. Processes that want the same
+    folder wait for the first of them. Raises UserError for a file that cannot be converted and for a disk
+    that refuses.
+    """
+    if folder.is_dir() and _damage(folder) is None:
+        return folder
+    make_folder(folder.parent)
+    with disk_errors(folder.parent), FileLock(folder.parent / f".{folder.name}.lock"):
+        damage = _damage(folder) if folder.is_dir() else "absent"
+        if damage is None:  # another process converted it meanwhile
+            return folder
+        if damage != "absent":
+            logger.warning("The converted copy %s is torn (%s): it is converted again.", folder, damage)
+        if note:
+            logger.info(note)
+        for left_over in folder.parent.glob(
+            f".{folder.name}.*.tmp"
+        ):  # whoever left it no longer holds the lock
+            shutil.rmtree(left_over, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent))
+        try:
+            ready = scratch / "model"
+            convert(fetch(scratch), ready, progress=progress)
+            if folder.exists():
+                folder.rename(scratch / "torn")
+            ready.rename(folder)
+            _flush(folder.parent)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def convert(gguf: Path, folder: Path, *, progress: bool) -> None:
+    """Writes model and tokenizer of a .gguf file to a new folder, with a manifest, flushed to the disk."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    head = check_whole(gguf)
+    # bf16 holds whatever precision a quantised file has; 16 and 32 bit floats keep their own
+    dtype = torch.float32 if head.exact else torch.bfloat16
+    logger.info("Converting %s (once; this takes about a minute for 270M parameters).", gguf.name)
+    with _quiet(not progress):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent, gguf_file=gguf.name, dtype=dtype, local_files_only=True, **_dequantize()
+            )
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+        except (ValueError, KeyError, NotImplementedError) as error:
+            architecture = head.metadata.get("general.architecture")
+            found = f"architecture {architecture!r} ({error})"
+            must = "transformers must be able to read the .gguf file"
+            raise UserError(
+                must, found, "choose the model's transformers folder or hub id instead"
+            ) from error
+    # save_pretrained would otherwise believe that the weights are still quantised
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    folder.mkdir()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _write_manifest(folder, source=gguf.name)
+
+
+def _dequantize() -> dict[str, Any]:
+    try:
+        from transformers import GgufConfig
+    except ImportError:  # transformers before 5.2x always dequantises
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _write_manifest(folder: Path, *, source: str) -> None:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        _flush(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "gguf")}
+    manifest = {"converter": CONVERTER_VERSION, "source": source, "versions": versions, "files": files}
+    write_json(folder / _MANIFEST, manifest)
+    _flush(folder)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a converted copy, or None."""
+    try:
+        manifest = read_json(folder / _MANIFEST)
+        for name, facts in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != facts["bytes"]:
+                return f"{name} has {path.stat().st_size:,} of {facts['bytes']:,} bytes"
+        # sizes first, since they cost nothing
+        for name, facts in manifest["files"].items():
+            if sha256_file(folder / name) != facts["sha256"]:
+                return f"the checksum of {name} differs"
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read: {error}"
+    return None
+
+
+def _flush(path: Path) -> None:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:  # not every platform lets a folder be opened
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    if quiet:
+        theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()

