@@ -1,5 +1,4 @@
-"""A .gguf file becomes a transformers folder, once: written beside, flushed, renamed, and checked when
-read."""
+"""A .gguf file becomes a transformers folder: written beside, flushed, renamed, and checked when read."""
 
 import importlib.metadata
 import logging

@@ -4,9 +4,8 @@ import copy
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ from activations.precision import pick_device, pick_dtype
 from activations.sites import KINDS, kind_of, layer_of, site_name
 from activations.sources import fetch_folder
 from sae.errors import UserError
-
-Edit = Callable[[Tensor], Tensor]
 
 _PROBE = "Hello world,\n\tit's 3.14 o'clock — naïve café 東京 🙂"
 
@@ -73,8 +70,7 @@ class LanguageModel:
                 self._points[site] = hooks[site]
 
     def site_width(self, site: str) -> int:
-        """The width of the activation at a site, known without a forward pass. Raises UserError for no such
-        site."""
+        """The width at a site, known without a forward pass. Raises UserError for a site it lacks."""
         self.check_sites([site])
         if kind_of(site) != "attn_z":
             return self.d_model
@@ -122,11 +118,9 @@ class LanguageModel:
             if len(found) == n_wanted:
                 raise _AllFound
 
-        with self.watching({site: functools.partial(keep, site) for site in sites}):
-            try:
-                self.run_body(tokens)
-            except _AllFound:
-                pass
+        watchers = {site: functools.partial(keep, site) for site in sites}
+        with suppress(_AllFound), self.watching(watchers):
+            self.run_body(tokens)
         return {site: found[site] for site in sites}
 
     @torch.inference_mode()
@@ -139,8 +133,7 @@ class LanguageModel:
 
     @contextmanager
     def watching(self, watchers: dict[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-        """Within it, each watcher is given the activation at its site; a tensor it returns takes that one's
-        place."""
+        """Within it, each watcher is given its site's activation; a tensor it returns replaces that one."""
         handles = []
         try:
             for site, watcher in watchers.items():
@@ -186,8 +179,7 @@ class LanguageModel:
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else list(ids)
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
-        """Each token as it reads inside a text: a leading space survives, and part of a character becomes
-        <0xE2>."""
+        """Each token as it reads inside a text, its leading space kept; part of a character reads <0xE2>."""
         # decoded behind another token, since decoders drop the space in front of a text
         anchor = self.encode("a")[-1]
         texts = self.tokenizer.batch_decode(
@@ -195,14 +187,13 @@ class LanguageModel:
         )
         start = len(texts[0])
         return [
-            text[start:] if text[start:] and "\ufffd" not in text[start:] else self._raw_piece(int(token))
+            text[start:] if _readable(text[start:]) else self._raw_piece(int(token))
             for token, text in zip(ids, texts[1:], strict=True)
         ]
 
     @functools.cached_property
     def tokenizer_hash(self) -> str:
-        """SHA-256 over the vocabulary and the ids of a probing sentence: equal when texts give equal
-        tokens."""
+        """SHA-256 over the vocabulary and a probing sentence's ids: equal when texts give equal tokens."""
         vocabulary = sorted(self.tokenizer.get_vocab().items(), key=lambda item: item[1])
         return hashlib.sha256(json.dumps([vocabulary, self.encode(_PROBE)]).encode()).hexdigest()
 
@@ -244,15 +235,15 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
             folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, **local
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        do = "restore the files, or choose a causal language model that transformers reads without code of its
-        own" raise UserError( f"{folder} must hold a whole transformers model and its tokenizer", reason, do )
-        from error return hf_model, tokenizer
+        must = f"{folder} must hold a whole transformers model and its tokenizer"
+        do = "restore the files, or choose a causal language model that needs no code of its own"
+        raise UserError(must, _first_line(error), do) from error
+    return hf_model, tokenizer
 
 
 def _boot(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
     hf_model.eval().requires_grad_(False)
-    # the bridge would read the tokenizer from the disk or the hub a second time unless it says that it adds BOS
+    # unless it says that it adds BOS, the bridge would read the tokenizer once more, from the disk or the hub
     own = copy.copy(tokenizer) if tokenizer.eos_token is not None else copy.deepcopy(tokenizer)
     own.init_kwargs = {**tokenizer.init_kwargs, "add_bos_token": True}
     weight = hf_model.get_output_embeddings().weight
@@ -267,13 +258,16 @@ def _boot(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tran
     except ValueError as error:
         architecture = (hf_model.config.architectures or [type(hf_model).__name__])[0]
         must = "TransformerLens must have a bridge for the model's architecture"
-        raise UserError(
-            must, f"{architecture} ({str(error).splitlines()[0]})", "choose another model"
-        ) from error
+        raise UserError(must, f"{architecture} ({_first_line(error)})", "choose another model") from error
 
 
 def _as_hook(watcher: Callable[[Tensor], Tensor | None]) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
     return lambda _module, _inputs, output: watcher(output)
+
+
+def _readable(text: str) -> bool:
+    # a replacement character stands for part of a character; control characters would ruin a page
+    return bool(text) and all(letter != "\ufffd" and (letter >= " " or letter in "\n\t\r") for letter in text)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -283,16 +277,18 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 def _logit_scale(config: Any) -> float:
     # Cohere multiplies its logits, Granite divides them
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-        getattr(config, "logits_scaling", None) or 1.0
+    return float(getattr(config, "logit_scale", None) or 1) / float(
+        getattr(config, "logits_scaling", None) or 1
     )
-    return scale if math.isfinite(scale) else 1.0
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @functools.cache
 def _byte_alphabet() -> dict[str, int]:
-    """The letters by which byte-level vocabularies write bytes: printable ones as they are, the rest from
-    U+0100 on."""
+    """The letters by which byte-level vocabularies write bytes: as they are, or from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(rest)}

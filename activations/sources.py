@@ -1,6 +1,6 @@
-"""Where models come from: data packages, .gguf files, local folders and the hub, all turned into local
-folders.
+"""Where models come from: data packages, .gguf files, local folders and the hub.
 
+All of them become local folders in the layout of transformers.
 A .gguf file is converted once, into a folder of the cache that is whole or absent, carries a manifest with
 the size and checksum of each of its files, and is checked against it whenever it is used.
 """
@@ -85,8 +85,7 @@ _BY_NAME = {model.name: model for model in KNOWN}
 
 
 def known_models() -> list[dict[str, str | bool]]:
-    """Rows for a table of models: name, what, licence, where, available (here, without a network),
-    install."""
+    """Rows for a table of models; `available` says whether one can be had without a network."""
     return [
         {
             "name": model.name,
@@ -101,8 +100,7 @@ def known_models() -> list[dict[str, str | bool]]:
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """Where converted models lie: the folder given, $JUMPSCOPE_CACHE, or jumpscope in the user's cache
-    folder."""
+    """Where converted models lie: `cache`, $JUMPSCOPE_CACHE, or jumpscope in the user's cache folder."""
     if cache is not None:
         return Path(cache)
     if chosen := os.environ.get("JUMPSCOPE_CACHE"):
