@@ -26,6 +26,11 @@ class GgufTensor:
     offset: int
     """Bytes from the start of the data."""
 
+    @property
+    def n_values(self) -> int:
+        """Numbers in the tensor."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True, kw_only=True)
 class GgufHead:
@@ -139,4 +144,4 @@ def _n_bytes(tensor: GgufTensor) -> int:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     per_block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.quantization)]
-    return math.prod(tensor.shape) // per_block * block_bytes
+    return tensor.n_values // per_block * block_bytes

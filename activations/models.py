@@ -17,9 +17,12 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activations.precision import pick_device, pick_dtype
+from activations.shapes import ModelShape, model_shape
 from activations.sites import KINDS, kind_of, layer_of, site_name
-from activations.sources import fetch_folder
+from activations.sources import fetch_folder, known_models
 from sae.errors import UserError
+
+__all__ = ["LanguageModel", "ModelShape", "known_models", "load_model", "model_shape"]
 
 _PROBE = "Hello world,\n\tit's 3.14 o'clock — naïve café 東京 🙂"
 
@@ -202,7 +205,7 @@ class LanguageModel:
         if piece is None:
             return f"<{token}>"
         alphabet = _byte_alphabet()
-        if piece and all(letter in alphabet for letter in piece):
+        if not piece.startswith("<0x") and all(letter in alphabet for letter in piece):
             return "".join(f"<0x{alphabet[letter]:02X}>" for letter in piece)
         return piece
 
@@ -245,8 +248,12 @@ def _boot(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tran
     hf_model.eval().requires_grad_(False)
     # unless it says that it adds BOS, the bridge would read the tokenizer once more, from the disk or the hub
     own = copy.copy(tokenizer) if tokenizer.eos_token is not None else copy.deepcopy(tokenizer)
-    own.init_kwargs = {**tokenizer.init_kwargs, "add_bos_token": True}
+    own.init_kwargs = {"name_or_path": "", **tokenizer.init_kwargs, "add_bos_token": True}
     weight = hf_model.get_output_embeddings().weight
+    architecture = type(hf_model).__name__
+    hf_model.config.architectures = [
+        architecture
+    ]  # the bridge goes by it, and a model built in code has none
     try:
         return TransformerBridge.boot_transformers(
             str(hf_model.config.name_or_path or "model"),
@@ -256,9 +263,8 @@ def _boot(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tran
             device=str(weight.device),
         )
     except ValueError as error:
-        architecture = (hf_model.config.architectures or [type(hf_model).__name__])[0]
         must = "TransformerLens must have a bridge for the model's architecture"
-        raise UserError(must, f"{architecture} ({_first_line(error)})", "choose another model") from error
+        raise UserError(must, f"{architecture}, for which it has none", "choose another model") from error
 
 
 def _as_hook(watcher: Callable[[Tensor], Tensor | None]) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:

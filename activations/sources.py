@@ -92,7 +92,7 @@ def known_models() -> list[dict[str, str | bool]]:
             "what": model.what,
             "licence": model.licence,
             "where": model.where,
-            "available": _package_folder(model) is not None if model.package else False,
+            "available": (_package_folder(model) if model.package else _downloaded(model)) is not None,
             "install": _install_hint(model) if model.package else "downloaded when first used",
         }
         for model in KNOWN
@@ -114,33 +114,39 @@ def cache_folder(cache: Path | None = None) -> Path:
 
 def fetch_folder(name: str, *, cache: Path | None = None, progress: bool = True) -> Source:
     """The model as a local folder, converted or downloaded first when it must be. Raises UserError."""
-    path = Path(name).expanduser()
     known = _BY_NAME.get(name.lower())
-    if known is None and path.is_dir():
-        return Source(name=str(path.resolve()), folder=_check_folder(path.resolve()))
-    if known is None and path.suffix == ".gguf":
-        path = path.resolve()
-        return Source(name=str(path), folder=_convert_file(path, path.stem, cache, progress))
     if known is not None and known.package is not None:
         return Source(name=known.name, folder=_convert_package(known, cache, progress))
-    from activations.hub import snapshot_folder
+    place = resolve(name)
+    if isinstance(place, str):
+        from activations.hub import snapshot_folder
 
+        return Source(name=place, folder=_check_folder(snapshot_folder(place, progress=progress)))
+    if place.is_dir():
+        return Source(name=str(place), folder=_check_folder(place))
+    return Source(name=str(place), folder=_convert_file(place, place.stem, cache, progress))
+
+
+def resolve(name: str) -> Path | str:
+    """The folder or .gguf file that a name stands for, or else the hub id. Raises UserError for neither."""
+    known = _BY_NAME.get(name.lower())
+    path = Path(name).expanduser()
+    if known is None and (path.is_dir() or path.suffix == ".gguf"):
+        return path.resolve()
     hub_id = known.where if known is not None else name
     if hub_id.count("/") != 1 or hub_id.startswith(("/", ".", "~")) or hub_id.endswith("/"):
         raise _unknown(name)
-    return Source(name=hub_id, folder=_check_folder(snapshot_folder(hub_id, progress=progress)))
+    return hub_id
 
 
 def head_path(name: str) -> Path | None:
     """A file that begins with the model's .gguf head, when it comes from one; None for all other names."""
     known = _BY_NAME.get(name.lower())
-    if known is None:
-        path = Path(name).expanduser()
-        return path if path.suffix == ".gguf" and not path.is_dir() else None
-    if known.package is None:
-        return None
-    folder = _require_package(known)
-    return folder / known.file if known.file else _parts_module(known).chunk_paths()[0]
+    if known is not None and known.package is not None:
+        folder = _require_package(known)
+        return folder / known.file if known.file else _parts_module(known).chunk_paths()[0]
+    place = resolve(name)
+    return place if isinstance(place, Path) and not place.is_dir() else None
 
 
 def _unknown(name: str) -> UserError:
@@ -169,6 +175,13 @@ def _package_folder(model: KnownModel) -> Path | None:
     spec = importlib.util.find_spec(model.package) if model.package else None
     places = spec.submodule_search_locations if spec else None
     return Path(places[0]) if places else None
+
+
+def _downloaded(model: KnownModel) -> str | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.where, "config.json")
+    return found if isinstance(found, str) else None
 
 
 def _install_hint(model: KnownModel) -> str:
