@@ -23,6 +23,7 @@ _REMEDIES = {
     errno.EPERM: ("the folder must be writable", "change its permissions or choose another folder"),
     errno.EROFS: ("the folder must be writable", "choose a folder that is not mounted read-only"),
     errno.ENOTDIR: ("a folder must stand at that path", "choose another folder"),
+    errno.EISDIR: ("a file must be able to stand at that path", "remove the folder there or choose another path"),
     errno.EEXIST: ("a folder must stand at that path", "choose another folder"),
 }
 
@@ -87,14 +88,23 @@ def read_json(path: Path | str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path.name} must be there", f"no file {path}", "check the path") from error
+    except OSError as error:
+        raise UserError(f"{path} must be a file that can be read", f"{error.strerror}", "check the path") from error
     except ValueError as error:
         raise UserError(f"{path} must hold JSON", str(error), "restore the file or write it again") from error
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file atomically."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, lambda temporary: safetensors.torch.save_file(contiguous, temporary, dict(metadata or {})))
+    """Writes a safetensors file atomically. Tensors that share memory are written each on its own."""
+    ready: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        ready[name] = tensor.detach().cpu().contiguous()
+        storage = ready[name].untyped_storage().data_ptr()
+        if storage in storages:  # safetensors refuses a second tensor in the same memory
+            ready[name] = ready[name].clone()
+        storages.add(storage)
+    atomic_write(path, lambda temporary: safetensors.torch.save_file(ready, temporary, dict(metadata or {})))
 
 
 def load_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:
