@@ -1,12 +1,13 @@
 """A .gguf file becomes a transformers folder: written beside, flushed, renamed, and checked when read."""
 
 import importlib.metadata
+import io
 import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def convert(gguf: Path, folder: Path, *, progress: bool) -> None:
     # bf16 holds whatever precision a quantised file has; 16 and 32 bit floats keep their own
     dtype = torch.float32 if head.exact else torch.bfloat16
     logger.info("Converting %s (once; this takes about a minute for 270M parameters).", gguf.name)
-    with _quiet(not progress):
+    folder.mkdir()
+    with nullcontext() if progress else quiet():
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=dtype, local_files_only=True, **_dequantize()
@@ -80,14 +82,28 @@ def convert(gguf: Path, folder: Path, *, progress: bool) -> None:
             raise UserError(
                 must, found, "choose the model's transformers folder or hub id instead"
             ) from error
-    # save_pretrained would otherwise believe that the weights are still quantised
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    folder.mkdir()
-    model.save_pretrained(folder)
+        # save_pretrained would otherwise believe that the weights are still quantised
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     _write_manifest(folder, source=gguf.name)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps transformers' progress bars off the terminal."""
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):  # the bar of the .gguf reader knows no other way
+            yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
 
 
 def _dequantize() -> dict[str, Any]:
@@ -101,6 +117,7 @@ def _dequantize() -> dict[str, Any]:
 def _write_manifest(folder: Path, *, source: str) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
+        path.chmod(0o644)  # safetensors writes for its owner alone, but a cache may be shared
         _flush(path)
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "gguf")}
@@ -137,17 +154,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    from transformers.utils import logging as theirs
-
-    shown = theirs.is_progress_bar_enabled()
-    if quiet:
-        theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            theirs.enable_progress_bar()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from activations.convert import quiet
 from activations.precision import pick_device, pick_dtype
 from activations.shapes import ModelShape, model_shape
 from activations.sites import KINDS, kind_of, layer_of, site_name
@@ -234,9 +235,10 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **local)
-        hf_model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, **local
-        )
+        with quiet():
+            hf_model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, **local
+            )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         must = f"{folder} must hold a whole transformers model and its tokenizer"
         do = "restore the files, or choose a causal language model that needs no code of its own"

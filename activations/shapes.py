@@ -22,14 +22,14 @@ class ModelShape:
     widths: dict[str, int]
     """The width of an activation, by kind of site."""
     body_params: int
-    """Parameters outside the embedding and the unembedding: a forward pass without logits uses each once a token."""
+    """Parameters outside embedding and unembedding: what a pass without logits computes with."""
 
 
 def model_shape(name: str) -> ModelShape:
     """The sizes of the model that `load_model` would load under this name, without loading it.
 
-    Reads the head of a .gguf file or a config.json; for a model of the hub that has not been downloaded, only its
-    config.json is. Raises UserError as `load_model` does.
+    Reads the head of a .gguf file or a config.json, which is all that is downloaded of a model of the hub.
+    Raises UserError as `load_model` does.
     """
     path = head_path(name)
     if path is not None:

@@ -131,7 +131,7 @@ def resolve(name: str) -> Path | str:
     """The folder or .gguf file that a name stands for, or else the hub id. Raises UserError for neither."""
     known = _BY_NAME.get(name.lower())
     path = Path(name).expanduser()
-    if known is None and (path.is_dir() or path.suffix == ".gguf"):
+    if name and known is None and (path.is_dir() or path.suffix == ".gguf"):
         return path.resolve()
     hub_id = known.where if known is not None else name
     if hub_id.count("/") != 1 or hub_id.startswith(("/", ".", "~")) or hub_id.endswith("/"):

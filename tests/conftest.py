@@ -75,7 +75,7 @@ def plain_model(architecture: str) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
-        # the initial norms are the identity and the initial weights so small that a wrong hook might go unseen
+        # as they start, norms are the identity and weights so small that a wrong hook might go unseen
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
@@ -88,7 +88,7 @@ def wrapped_model(architecture: str) -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def tiny_model() -> LanguageModel:
-    """Gemma 3 in small: 4 layers, d_model 32, 4 heads of 16, vocabulary 300, context 64, fp32, random weights."""
+    """A random Gemma 3: 4 layers, d_model 32, 4 heads of 16, vocabulary 300, context 64, fp32."""
     return wrapped_model("gemma3")
 
 
