@@ -20,7 +20,7 @@ class Letters:
 
     max_context = 64
 
-    def __init__(self, bos_id=BOS):
+    def __init__(self, bos_id: int | None = BOS):
         self.bos_id = bos_id
         self.special_ids = (EOS,) if bos_id is None else (bos_id, EOS)
 

@@ -1,10 +1,14 @@
 """Harvesting rows from a model: what is kept, in which order, and what is refused."""
 
+import json
+
 import pytest
 import torch
 
-from activations.blocks import TokenBlocks
+from activations.blocks import TokenBlocks, iter_blocks
+from activations.corpora import load_corpus
 from activations.harvest import harvest_rows
+from activations.ring import ShuffleRing
 from sae.errors import UserError
 
 SITES = ("narrow", "wide")
@@ -72,3 +76,35 @@ def test_non_finite_rows_name_the_site():
         list(harvest_rows(Echo(poison=21), [blocks_of([1, 20, 21])], ("wide", "narrow")))
     # what special tokens do is nobody's business: they are not kept
     assert len(list(harvest_rows(Echo(poison=1), [blocks_of([1, 20, 21])], SITES))) == 1
+
+
+def test_a_real_model_is_harvested_into_the_ring_with_its_way_back(tiny_model, tmp_path):
+    lines = [
+        json.dumps({"text": f"The capital of France is Paris, and number {i} is <bos> Rome."})
+        for i in range(40)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    corpus = load_corpus(str(tmp_path / "a.jsonl"))
+    sites = ("blocks.1.attn.hook_z", "blocks.2.hook_resid_post")
+    widths = {site: tiny_model.site_width(site) for site in sites}
+    assert widths == {sites[0]: 64, sites[1]: 32}
+    found = {}
+    for size in (1, 3):
+        blocks = list(iter_blocks(tiny_model, corpus, split="all", context=32, blocks_per_batch=size))
+        found[size] = list(harvest_rows(tiny_model, blocks, sites))
+        for batch in found[size]:
+            for document, position, token in zip(
+                batch.map.document[:5], batch.map.position[:5], batch.map.token[:5], strict=True
+            ):
+                ids = tiny_model.encode(corpus.document(int(document)).text)
+                assert ids[int(position)] == int(token)
+    alone, together = (torch.cat([batch.rows[sites[1]] for batch in found[size]]) for size in (1, 3))
+    # specials written out in a text are left out as well, and what is kept does not hang on the batch
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    assert not torch.isin(
+        torch.cat([batch.map.token for batch in found[1]]), torch.tensor(tiny_model.special_ids)
+    ).any()
+    ring = ShuffleRing(iter(found[3]), widths, dtype=tiny_model.dtype, rows=64, batch=16, passes=2, seed=0)
+    batches = [{site: batch[site] for site in sites} for batch in ring]
+    assert len(batches) == len(alone) * 2 // 16
+    assert {tuple(batch[sites[0]].shape) for batch in batches} == {(16, 64)}
