@@ -1,0 +1,94 @@
+"""The viewer's plotly figures: marks and axes. Text and paper take the colours of where they are shown."""
+
+import math
+
+import pandas as pd
+import plotly.graph_objects as go
+
+TEAL, AMBER, GREY = "#0d8275", "#c46a12", "#8a8f98"
+_SERIES = (TEAL, AMBER, "#7a5ab8", "#3b78c2", "#b5476b")
+# by layer, early to late; light and dark ends stay visible on white and on near black
+_DEPTH = ((59, 120, 194), (13, 130, 117), (196, 106, 18))
+
+
+def histogram(frame: pd.DataFrame) -> go.Figure:
+    """Activations where a feature fires: counts by logarithmic bin."""
+    middle = (frame["lower"] * frame["upper"]) ** 0.5
+    figure = go.Figure(
+        go.Bar(
+            x=middle,
+            y=frame["count"],
+            width=frame["upper"] - frame["lower"],
+            marker={"color": AMBER, "line": {"width": 0}},
+            customdata=frame[["lower", "upper"]],
+            hovertemplate="%{customdata[0]:.3~g} to %{customdata[1]:.3~g}: %{y} tokens<extra></extra>",
+        )
+    )
+    decades = math.log10(frame["upper"].iloc[-1] / frame["lower"].iloc[0])
+    # 1, 2 and 5 in each decade while there is room for their labels
+    figure.update_xaxes(type="log", title="activation", dtick="D2" if decades < 2.5 else 1, tickformat="~s")
+    figure.update_yaxes(title="tokens")
+    return _plain(figure, 220)
+
+
+def by_layer(
+    overview: pd.DataFrame, metrics: dict[str, str], *, title: str, error: str = "", percent: bool = False
+) -> go.Figure:
+    """Metrics (column to name) by layer, a line a kind of site; `error` is a standard error's column."""
+    figure = go.Figure()
+    kinds = list(overview["kind"].unique())
+    for number, (metric, name) in enumerate(metrics.items()):
+        for place, kind in enumerate(kinds):
+            rows = overview[overview["kind"] == kind].sort_values("layer")
+            label = name if len(kinds) == 1 else f"{kind} {name}"
+            bars = (
+                {"type": "data", "array": rows[error], "thickness": 1.5, "width": 3}
+                if error in rows
+                else None
+            )
+            figure.add_scatter(
+                x=rows["layer"],
+                y=rows[metric],
+                name=label,
+                mode="lines+markers",
+                error_y=bars,
+                line={"color": _SERIES[(number + place * len(metrics)) % len(_SERIES)], "width": 2},
+                marker={"size": 7, "symbol": ("circle", "diamond", "square", "x")[number % 4]},
+            )
+    figure.update_xaxes(title="layer", dtick=1 if overview["layer"].nunique() < 10 else 2)
+    figure.update_yaxes(rangemode="tozero", tickformat=".0%" if percent else None)
+    figure.update_layout(title={"text": title, "font": {"size": 15}}, showlegend=len(figure.data) > 1)
+    return _plain(figure, 270)
+
+
+def curves(metrics: pd.DataFrame, metric: str, labels: dict[str, str]) -> go.Figure:
+    """A metric over training, a line a site, coloured from early to late layers."""
+    figure = go.Figure()
+    sites = [site for site in labels if site in set(metrics["site"])]
+    for place, site in enumerate(sites):
+        rows = metrics[(metrics["site"] == site) & metrics[metric].notna()]
+        figure.add_scatter(
+            x=rows["step"], y=rows[metric], name=labels[site], mode="lines",
+            line={"color": _between(place / max(1, len(sites) - 1)), "width": 1.5},
+        )  # fmt: skip
+    figure.update_xaxes(title="step")
+    figure.update_yaxes(title=metric)
+    return _plain(figure, 340)
+
+
+def _between(share: float) -> str:
+    low, high = (_DEPTH[0], _DEPTH[1]) if share < 0.5 else (_DEPTH[1], _DEPTH[2])
+    part = 2 * share if share < 0.5 else 2 * share - 1
+    return "rgb({},{},{})".format(*(round(a + (b - a) * part) for a, b in zip(low, high, strict=True)))
+
+
+def _plain(figure: go.Figure, height: int) -> go.Figure:
+    figure.update_layout(
+        height=height,
+        margin={"l": 8, "r": 8, "t": 40 if figure.layout.title.text else 8, "b": 8},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        bargap=0.05,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 1, "xanchor": "right"},
+    )
+    return figure

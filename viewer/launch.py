@@ -1,0 +1,87 @@
+"""Starts the viewer's server."""
+
+import ipaddress
+import socket
+from pathlib import Path
+from typing import Any
+
+from sae.errors import UserError
+from train.run_folder import RunFolder
+
+APP = Path(__file__).resolve().with_name("app.py")
+_LIGHT = {
+    "primaryColor": "#0b6e63",
+    "backgroundColor": "#fbfaf7",
+    "secondaryBackgroundColor": "#f1efe9",
+    "textColor": "#1d2327",
+    "linkColor": "#0b6e63",
+    "borderColor": "#dcd8ce",
+}
+_DARK = {
+    "primaryColor": "#3fbfae",
+    "backgroundColor": "#14181b",
+    "secondaryBackgroundColor": "#1d2327",
+    "textColor": "#e9e6df",
+    "linkColor": "#5fd0c0",
+    "borderColor": "#343b41",
+}
+_THEME = {
+    "baseRadius": "small",
+    "showWidgetBorder": True,
+    "paddingTop": "4.5rem",
+    "headingFontWeights": [600, 600, 600],
+    "headingFontSizes": ["2rem", "1.6rem", "1.2rem"],
+}
+
+
+def launch(
+    run_path: Path | str, port: int = 8501, headless: bool = False, address: str = "127.0.0.1"
+) -> None:
+    """Serves the viewer of a run until it is stopped (Ctrl-C or SIGTERM). Opens a browser unless `headless`.
+
+    Only this machine can reach it unless `address` says otherwise. It runs in this process, because `python
+    -m streamlit` would let a train.py in the current folder stand in front of our package. Raises UserError
+    when `run_path` is no run folder or the port is taken.
+    """
+    run = RunFolder.open(Path(run_path).resolve())
+    _check_port(address, port)
+    # Streamlit takes most of a second to import, and only a viewer needs it
+    from streamlit.web import bootstrap
+
+    flags = options(port=port, headless=headless, address=address)
+    bootstrap.load_config_options(flags)
+    bootstrap.run(str(APP), False, [str(run.path)], flags)
+
+
+def options(*, port: int, headless: bool, address: str) -> dict[str, Any]:
+    """Streamlit's options, keyed as its command line keys them: `server_port` for server.port."""
+    values: dict[str, Any] = {
+        "server.port": port,
+        "server.address": address,
+        "server.headless": headless,
+        "server.fileWatcherType": "none",
+        "server.showEmailPrompt": False,
+        "browser.gatherUsageStats": False,
+        "client.toolbarMode": "viewer",
+        "client.showErrorDetails": "none",
+        **{f"theme.{name}": value for name, value in _THEME.items()},
+        **{f"theme.light.{name}": value for name, value in _LIGHT.items()},
+        **{f"theme.dark.{name}": value for name, value in _DARK.items()},
+    }
+    return {name.replace(".", "_"): value for name, value in values.items()}
+
+
+def _check_port(address: str, port: int) -> None:
+    must, do = "the viewer's address must be free", "choose another --port"
+    if not 0 < port < 65536:
+        raise UserError("the port must be from 1 to 65535", str(port), do)
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
+    except ValueError:
+        family = socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise UserError(must, f"{address}:{port}: {error.strerror}", do) from error
