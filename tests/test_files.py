@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from sae.errors import UserError
-from sae.files import atomic_write, load_tensors, make_folder, read_json, save_tensors, sha256_file, write_json
+from sae.files import (
+    atomic_write,
+    load_tensors,
+    make_folder,
+    read_json,
+    save_tensors,
+    sha256_file,
+    write_json,
+)
 
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 
@@ -65,7 +73,7 @@ def test_what_the_system_refuses_is_an_error_that_names_the_file(tmp_path, code)
     def refuse(path):
         raise OSError(code, os.strerror(code))
 
-    with pytest.raises(UserError, match="a.bin") as caught:
+    with pytest.raises(UserError, match=r"a\.bin") as caught:
         atomic_write(tmp_path / "a.bin", refuse)
     assert os.strerror(code) in str(caught.value)
     assert names(tmp_path) == []
@@ -91,7 +99,9 @@ def test_a_file_where_a_folder_must_be_and_a_folder_where_a_file_must_be(tmp_pat
     assert names(tmp_path) == ["file", "folder"]
 
 
-@pytest.mark.skipif(not AS_ROOT or sys.platform != "linux", reason="mounting a small disk needs root on Linux")
+@pytest.mark.skipif(
+    not AS_ROOT or sys.platform != "linux", reason="mounting a small disk needs root on Linux"
+)
 @pytest.mark.parametrize("kind", ["bytes", "tensors"])
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(tmp_path, kind):
     disk = tmp_path / "disk"

@@ -1,4 +1,4 @@
-"""How good dictionaries are on text they never saw: what they keep, and what the model loses with them in the middle."""
+"""How good dictionaries are on held-out text: what they keep, and what the model loses with them in it."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
@@ -37,17 +37,18 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Measures every dictionary on the same held-out blocks; one dict of plain JSON values per site.
 
-    Two passes. The first, over `tokens` rows, needs only the model's body: `l0`, `fvu` and its standard error,
-    `dead` (the share of latents silent on all those rows), `density` (histogram of log10 firing rates) and the mean
-    activation. The second splices each reconstruction into the model for the first `loss_tokens` rows: `ce_clean`,
-    `ce_spliced`, their difference `delta_ce` and its standard error (paired, by block), and `kl`, the divergence
-    KL(clean || spliced). All losses are in nats per token.
+    Two passes. The first, over `tokens` rows, needs only the model's body: `l0`, `fvu` and its standard
+    error, `dead` (the share of latents silent on all those rows), `density` (histogram of log10 firing
+    rates) and the mean activation. The second splices each reconstruction into the model for the first
+    `loss_tokens` rows: `ce_clean`, `ce_spliced`, their difference `delta_ce` and its standard error
+    (paired, by block), and `kl`, the divergence KL(clean || spliced). All losses are in nats per token.
 
-    Only kept positions are replaced (special tokens stay as the model made them), and only kept positions whose next
-    token is kept are scored. FVU is about the mean of the rows of the first pass, and that same mean is what mean
-    ablation puts in. The ablations run on the first `baseline_tokens` only: their losses are so large that their error
-    is nothing beside them. `ce_mean` and `ce_zero` are `ce_clean` plus the difference found there, and CE recovered is
-    1 - delta_ce / (ce_ablated - ce_clean). A number that cannot be had (one block has no standard error) is None.
+    Only kept positions are replaced (special tokens stay as the model made them), and only kept positions
+    whose next token is kept are scored. FVU is about the mean of the rows of the first pass, and that same
+    mean is what mean ablation puts in. The ablations run on the first `baseline_tokens` only: their losses
+    are so large that their error is nothing beside them. `ce_mean` and `ce_zero` are `ce_clean` plus the
+    difference found there, and CE recovered is 1 - delta_ce / (ce_ablated - ce_clean). A number that cannot
+    be had (one block has no standard error) is None.
 
     Raises UserError when the blocks hold no token that could be scored.
     """
@@ -75,7 +76,9 @@ def evaluate(
 
 
 class _RowStatistics:
-    """Sums over rows, in fp64, from which one dictionary's L0, FVU and densities follow. Does not grow with the rows."""
+    """Sums over rows, in fp64, from which one dictionary's L0, FVU and densities follow. Does not grow with
+    the rows.
+    """
 
     def __init__(self, dictionary: JumpReLU) -> None:
         self.dictionary = dictionary
@@ -83,8 +86,8 @@ class _RowStatistics:
         self.n = 0
         self.active = 0
         self.fired = torch.zeros(cfg.d_sae, dtype=torch.int64, device=device)
-        # sums are about the mean of the first batch, so that a large mean costs no digits; FVU is then moved to the
-        # mean of all rows exactly, its standard error keeps the scatter about this one
+        # sums are about the mean of the first batch, so that a large mean costs no digits; FVU is then
+        # moved to the mean of all rows exactly, its standard error keeps the scatter about this one
         self.origin: Tensor | None = None
         self.sum = torch.zeros(cfg.d_out, dtype=torch.float64, device=device)
         self.blocks = _RatioSums()
@@ -192,7 +195,9 @@ def _spliced_losses(
     baseline_tokens: int,
     report: Progress,
 ) -> dict[str, dict[str, Any]]:
-    """The second pass: every site's reconstruction in the model's stream, all sites' losses in one call a batch."""
+    """The second pass: every site's reconstruction in the model's stream, all sites' losses in one call a
+    batch.
+    """
     clean = _RatioSums()
     sums = {
         site: _SiteLosses(**{f.name: _RatioSums() for f in dataclasses.fields(_SiteLosses)})
@@ -234,7 +239,7 @@ def _spliced_losses(
 def _replacements(
     dictionary: JumpReLU, run: CleanRun, mean: Tensor, with_baselines: bool
 ) -> Iterator[Float[Tensor, "block pos d_out"]]:
-    """What is put in at the site: the reconstruction, then the mean and zero when the baselines are wanted."""
+    """What is put in at the site: the reconstruction, then mean and zero when baselines are wanted."""
     stream = run.acts[dictionary.cfg.site_in].to(dictionary.W_enc.device)
     rows = stream.flatten(0, 1)
     parts = [dictionary(rows[part]) for part in _row_slices(len(rows), dictionary.cfg.d_sae)]
@@ -293,7 +298,7 @@ def _sum_by_block(
 
 
 def _until(blocks: Iterable[TokenBlocks], tokens: int) -> Iterator[TokenBlocks]:
-    """Batches of blocks up to the one in which the number of kept tokens is reached; the last is cut there."""
+    """Batches of blocks up to the block in which that many kept tokens are reached."""
     left = tokens
     for batch in blocks:
         for part in _first_blocks(batch, left):

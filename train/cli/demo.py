@@ -1,0 +1,84 @@
+"""`jumpscope demo`: from nothing to a viewer, in one command."""
+
+from pathlib import Path
+
+from train.cli import plan
+from train.cli.console import note, say, stdout
+from train.cli.options import DemoOptions, EvalOptions, IndexOptions, ViewOptions
+from train.cli.parsing import parse
+from train.cli.tables import eval_caption, eval_summary
+from train.run_folder import RUN, RunFolder, refuse_occupied
+
+DEFAULT_OUT = Path("runs/demo")
+
+
+def run(argv: list[str]) -> None:
+    """Runs every step that is not done yet, then serves the viewer."""
+    examples = [
+        "demo",
+        "demo --no-view --out runs/mine",
+        "demo --headless --layers 3-8 --width 4k --l0 50 --tokens 500k",
+    ]
+    options = parse(DemoOptions, argv, verb="demo", examples=examples)
+    out = Path(options.out) if options.out else _default_out()
+    if (out / RUN).is_file() and not options.out:
+        note(f"{out} holds a trained demo, which is opened again; --out makes another")
+    else:
+        refuse_occupied(out)
+        _make(options, out)
+    _finish(options, RunFolder.open(out))
+    if options.view:
+        from train.cli import view
+
+        view.serve(ViewOptions(run=str(out), port=options.port, headless=options.headless))
+
+
+def _make(options: DemoOptions, out: Path) -> None:
+    config = options.train_config(str(out))
+    plan.show(
+        config,
+        eval_tokens=options.eval_tokens,
+        loss_tokens=options.loss_tokens,
+        index_tokens=options.index_tokens,
+    )
+    from train.cli import work  # late: mistakes above should not wait for transformers
+
+    work.train(config)
+
+
+def _finish(options: DemoOptions, folder: RunFolder) -> None:
+    """Evaluates and indexes what has not been, and prints the table."""
+    path = str(folder.path)
+    measured = set(folder.eval_table()) >= set(folder.sites())
+    indexed = all(folder.index_dir(site).is_dir() for site in folder.sites())
+    if not (measured and indexed):
+        from train.cli import work
+
+        loaded = work.load_run(folder.path, dtype=options.dtype, device=options.device)
+        if not measured:
+            work.measure(
+                loaded, EvalOptions(run=path, tokens=options.eval_tokens, loss_tokens=options.loss_tokens)
+            )
+        if not indexed:
+            work.build(loaded, IndexOptions(run=path, tokens=options.index_tokens))
+    metrics = folder.eval_table()
+    stdout.print(eval_summary(metrics))
+    note(eval_caption(metrics))
+    say("")
+    say("What to do next:")
+    say(f"  jumpscope view {path}                     browse the features")
+    say(f"  jumpscope eval {path} --loss-tokens 16k   smaller standard errors")
+    say(f"  jumpscope train --config {path}/{RUN} --width 8k --out runs/wider")
+    say(f"  python: sae.load({str(folder.site_dir(folder.sites()[-1]))!r}).encode(activations)")
+
+
+def _default_out() -> Path:
+    """runs/demo, or the first of runs/demo-2, ... when an unfinished training holds it."""
+    number = 1
+    while True:
+        path = DEFAULT_OUT if number == 1 else DEFAULT_OUT.with_name(f"{DEFAULT_OUT.name}-{number}")
+        finished = (path / RUN).is_file() and RunFolder.open(path).state() == "done"
+        if finished or not path.exists() or not any(path.iterdir()):
+            return path
+        note(f"{path} holds a run that was not finished; it is left alone")
+        number += 1

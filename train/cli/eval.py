@@ -1,0 +1,24 @@
+"""`jumpscope eval RUN`."""
+
+from train.cli.console import note, stdout
+from train.cli.options import EvalOptions
+from train.cli.parsing import parse
+from train.cli.tables import eval_caption, eval_summary
+from train.run_folder import RunFolder
+
+
+def run(argv: list[str]) -> None:
+    """Measures, writes eval.json and prints the table."""
+    examples = [
+        "eval runs/gemma",
+        "eval runs/gemma --layers 9 --loss-tokens 16k",
+        "eval runs/gemma --corpus movie-reviews",
+    ]
+    options = parse(EvalOptions, argv, verb="eval", examples=examples)
+    RunFolder.open(options.run)
+    from train.cli import work  # late: a mistake above should not wait for transformers
+
+    loaded = work.load_run(options.run, layers=options.layers, dtype=options.dtype, device=options.device)
+    metrics = work.measure(loaded, options)
+    stdout.print(eval_summary(metrics))
+    note(eval_caption(metrics))

@@ -1,0 +1,170 @@
+"""`jumpscope`: finds the verb, runs it, and turns what goes wrong into one line and an exit code.
+
+Nothing heavy is imported here, so that `jumpscope --help` answers at once.
+"""
+
+import contextlib
+import difflib
+import importlib
+import importlib.metadata
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import NoReturn
+
+VERBS: dict[str, tuple[str, str]] = {
+    "demo": (
+        "plan, train, eval, index and view a dictionary for every layer of Gemma 3 270M",
+        "demo --out runs/mine",
+    ),
+    "models": ("list the language models that can be loaded here", "models"),
+    "corpora": ("list the texts that can be read here", "corpora"),
+    "plan": (
+        "memory, disk and time that a training run will take",
+        "plan --width 16k --tokens 10M --memory 8G",
+    ),
+    "harvest": (
+        "write activations to a folder, to train from later",
+        "harvest --layers 3-8 --tokens 1M --out stores/mid",
+    ),
+    "train": (
+        "train one dictionary a site, all from the same forward passes",
+        "train --width 4k --l0 50 --out runs/gemma",
+    ),
+    "eval": ("measure a run's dictionaries on held-out text", "eval runs/gemma"),
+    "index": ("collect what makes each latent fire, for the viewer", "index runs/gemma"),
+    "view": ("browse a run in the browser", "view runs/gemma"),
+    "info": ("what a run, a dictionary, a store or this machine is", "info runs/gemma"),
+}
+USAGE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 2, 130, 143, 141
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program stands, so that it stops as on Ctrl-C."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code: 0, 2 for what the user can put right, 130, 143 or 141.
+
+    Anything unforeseen is a bug of ours and keeps its traceback.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _sigterm_as_interrupt():
+            code = _dispatch(words)
+            sys.stdout.flush()
+            return code
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Terminated:
+        return _say("stopped by SIGTERM", TERMINATED)
+    except KeyboardInterrupt:
+        return _say("stopped", INTERRUPTED)
+    except BrokenPipeError:
+        # the reader (`| head`) has gone; what is still buffered must not raise again at exit
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except ValueError as error:
+        if not _is_user_error(error):
+            _report_bug()
+        return _say(str(error), USAGE)
+    except OSError as error:
+        if error.errno is None:
+            _report_bug()
+        where = f" ({error.filename})" if error.filename else ""
+        return _say(
+            f"the system refused: {error.strerror}{where}. Check the path, its permissions and free space.",
+            USAGE,
+        )
+    except Exception:
+        _report_bug()
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_help())
+        return 0
+    if words[0] == "--version":
+        sys.stdout.write(f"jumpscope {importlib.metadata.version('jumpscope')}\n")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"Did you mean {close[0]}? " if close else ""
+        return _say(f"no verb {verb!r}. {hint}The verbs: {', '.join(VERBS)}.", USAGE)
+    _quiet_libraries()
+    return importlib.import_module(f"train.cli.{verb}").run(rest) or 0
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(
+        f"  {name:<{width}}  {line}\n  {'':<{width}}  $ jumpscope {example}"
+        for name, (line, example) in VERBS.items()
+    )
+    return (
+        "usage: jumpscope VERB [options]\n\n"
+        "A microscope for every layer of a small open language model: harvest activations, train a\n"
+        "JumpReLU dictionary per layer, measure them, browse what their latents mean.\n\n"
+        f"{verbs}\n\n"
+        "Numbers take k, M and B (1M is a million), sizes take K, M and G (8G of memory).\n"
+        "`jumpscope VERB --help` teaches each verb; `jumpscope --version` says which this is.\n"
+    )
+
+
+def _quiet_libraries() -> None:
+    """Keeps other libraries' bars and advice off the console; what the user set in the environment wins."""
+    quiet = {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_HUB_DISABLE_SYMLINKS_WARNING": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "DATASETS_VERBOSITY": "error",
+        "WANDB_SILENT": "true",
+        "PYTHONWARNINGS": "ignore",
+    }
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    # only the main thread may set handlers; tests call `main` from others
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _is_user_error(error: ValueError) -> bool:
+    # an error of this type can only exist if its module was imported
+    errors = sys.modules.get("sae.errors")
+    return errors is not None and isinstance(error, errors.UserError)
+
+
+def _say(message: str, code: int) -> int:
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"jumpscope: {' '.join(message.split())}\n")
+    return code
+
+
+def _report_bug() -> NoReturn:
+    sys.stderr.write("jumpscope: this is a bug in jumpscope; please report it with the lines below.\n")
+    raise

@@ -1,0 +1,194 @@
+"""What the verbs are told, apart from training (train/config.py): dataclasses whose fields are the flags."""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sae.errors import UserError
+from train.config import Count, Size, TrainConfig, Width
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+RunPath = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """Measure a run's dictionaries on documents that training never saw; writes eval.json into the run.
+
+    L0, FVU and dead latents come from the model's body alone. The losses (delta CE, CE recovered, KL) put
+    each dictionary's reconstruction into the model, and take most of the time.
+    """
+
+    run: RunPath
+    """The run folder."""
+    tokens: Count = 16_384
+    """Held-out tokens for L0, FVU and dead latents."""
+    loss_tokens: Count = 2_048
+    """Tokens, of these, for the loss with each dictionary in the model."""
+    baseline_tokens: Count = 512
+    """Tokens, of these, for mean and zero ablation, whose losses are so large that few are enough."""
+    corpus: str = ""
+    """Other text to measure on; its held-out tenth is used. Empty: the run's own corpus."""
+    layers: str = "all"
+    """Layers of the run to measure: all, 9, 3-8, ::2. Metrics of the others are kept as they are."""
+    dtype: Dtype = "auto"
+    """The model's dtype. auto: as in training."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "tokens", "loss_tokens", "baseline_tokens")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexOptions:
+    """Collect what makes each latent fire on held-out text, for the viewer and for notebooks.
+
+    One pass over the text serves all layers. For each latent: how often it fires, a histogram of its
+    activations, the documents in which it fires hardest with their context, and the tokens it speaks for
+    and against.
+    """
+
+    run: RunPath
+    """The run folder."""
+    tokens: Count = 50_000
+    """Held-out tokens to read. More find better examples of rare latents."""
+    examples: Count = 20
+    """Examples to keep for each latent, at most one a document."""
+    corpus: str = ""
+    """Other text to read; its held-out tenth is used. Empty: the run's own corpus."""
+    layers: str = "all"
+    """Layers of the run to index: all, 9, 3-8, ::2."""
+    dtype: Dtype = "auto"
+    """The model's dtype. auto: as in training."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "tokens", "examples")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HarvestOptions:
+    """Write a model's activations to a folder, to train from as often as you like without running the model
+    again.
+
+    One forward pass serves all sites. Special tokens are left out. The store says in its manifest.json what
+    its rows are; `jumpscope train --store DIR` reads it.
+    """
+
+    model: str = "gemma-3-270m"
+    """Language model: a name of `jumpscope models`, a hub id, a transformers folder or a .gguf file."""
+    corpus: str = "wiki-leads"
+    """Text: a name of `jumpscope corpora`, a file, or a `datasets` name."""
+    sites: str = "resid_post"
+    """Kinds of site, with commas: resid_post, resid_mid, resid_pre, mlp_out, attn_out, attn_z."""
+    layers: str = "all"
+    """Layers: all, 9, 3-8, ::2."""
+    tokens: Count = 250_000
+    """Tokens to harvest."""
+    split: Literal["train", "held_out", "all"] = "train"
+    """Which documents: those to train on, the held-out tenth, or all."""
+    context: Count = 256
+    """Tokens in a block, BOS included."""
+    model_batch: Count = 8
+    """Blocks in a forward pass."""
+    seed: int = 0
+    """Decides the documents' order."""
+    dtype: Dtype = "auto"
+    """The model's dtype and that of the rows. auto: bfloat16 where the hardware has it."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    out: str = "stores/harvest"
+    """Folder to create."""
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "tokens", "context", "model_batch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViewOptions:
+    """Browse a run: an overview of its layers, and a page for each feature. Ctrl-C ends it."""
+
+    run: RunPath
+    """The run folder, after `jumpscope index`."""
+    port: int = 8501
+    """Port of the viewer."""
+    headless: bool = False
+    """Serve without opening a browser."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """A dictionary for every layer of a small model: plan, train, evaluate, index, and look.
+
+    The model and the text come from installed packages; nothing is fetched. Everything lands in one run
+    folder.
+    """
+
+    model: str = "gemma-3-270m"
+    """Language model: a name of `jumpscope models`, a hub id, a transformers folder or a .gguf file."""
+    corpus: str = "wiki-leads"
+    """Text: a name of `jumpscope corpora`, a file, or a `datasets` name."""
+    sites: str = "resid_post"
+    """Kinds of site, with commas."""
+    layers: str = "all"
+    """Layers: all, 9, 3-8, ::2."""
+    width: Width = 2048
+    """Latents in each dictionary."""
+    l0: float = 40.0
+    """Target L0: latents firing on a token, on average."""
+    tokens: Count = 250_000
+    """Tokens to harvest; each trains every dictionary `passes` times."""
+    passes: Count = 4
+    """How often a harvested row is trained on before it leaves memory."""
+    batch: Count = 2048
+    """Rows in a training step."""
+    context: Count = 256
+    """Tokens in a block, BOS included."""
+    memory: Size = 4 * 2**30
+    """Memory that training may take, the model included."""
+    seed: int = 0
+    """Decides the documents' order, the batches and the first weights."""
+    dtype: Dtype = "auto"
+    """The model's dtype. auto: bfloat16 where the hardware has it."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    eval_tokens: Count = 16_384
+    """Held-out tokens for L0, FVU and dead latents."""
+    loss_tokens: Count = 2_048
+    """Tokens, of these, for the loss with each dictionary in the model."""
+    index_tokens: Count = 50_000
+    """Held-out tokens to read for the feature index."""
+    out: str = ""
+    """Run folder to create. Empty: runs/demo, which is opened again once it is finished."""
+    view: bool = True
+    """Open the viewer at the end."""
+    headless: bool = False
+    """Serve the viewer without opening a browser."""
+    port: int = 8501
+    """Port of the viewer."""
+
+    def __post_init__(self) -> None:
+        _above_zero(self, "eval_tokens", "loss_tokens", "index_tokens")
+        self.train_config("unused")  # its own checks, before anything is done
+
+    def train_config(self, out: str) -> TrainConfig:
+        """The training that the demo does, into the folder `out`."""
+        return TrainConfig(**shared_values(self, TrainConfig) | {"out": out})
+
+
+def shared_values(source: Any, kind: type) -> dict[str, Any]:
+    """Values of the fields that a dataclass instance has in common with another dataclass."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name in names}
+
+
+def _above_zero(options: Any, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise UserError(
+                f"--{flag} must be at least 1", str(getattr(options, name)), "Give a positive number"
+            )

@@ -1,0 +1,155 @@
+"""The work behind the verbs that run a model: harvest, train, eval and index.
+
+This module imports transformers, which takes seconds; the verbs import it only once their words are read
+and checked.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sae
+from activations.blocks import TokenBlocks, iter_blocks
+from activations.corpora import load_corpus
+from activations.harvest import harvest_rows
+from activations.models import LanguageModel, load_model
+from activations.sites import expand_sites, layer_of, parse_layers, site_label
+from activations.store import Store, StoreFacts, write_store
+from sae import JumpReLU, UserError
+from train.cli.console import note
+from train.cli.options import EvalOptions, HarvestOptions, IndexOptions
+from train.cli.progress import progress
+from train.config import TrainConfig
+from train.evals import evaluate
+from train.run_folder import RunFolder
+from train.trainer import train_run
+from viewer.index import build_index
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A run folder with its dictionaries in memory and the language model they belong to."""
+
+    folder: RunFolder
+    config: TrainConfig
+    model: LanguageModel
+    dictionaries: dict[str, JumpReLU]
+
+    def held_out(self, tokens: int, corpus: str = "") -> Iterator[TokenBlocks]:
+        """Blocks of documents that training never saw, in the run's own context, up to `tokens` kept
+        tokens.
+        """
+        return iter_blocks(
+            self.model,
+            load_corpus(corpus or self.config.corpus),
+            split="held_out",
+            context=self.config.context,
+            blocks_per_batch=self.config.model_batch,
+            seed=self.config.seed,
+            max_tokens=tokens,
+        )
+
+
+def load_run(
+    path: Path | str, *, layers: str = "all", dtype: str = "auto", device: str = "auto"
+) -> LoadedRun:
+    """Opens a run and loads its model. Raises UserError when the folder holds no run or no dictionary to
+    use.
+    """
+    folder = RunFolder.open(path)
+    config = TrainConfig.from_dict(folder.config())
+    saved = [site for site in folder.sites() if (folder.site_dir(site) / "cfg.json").is_file()]
+    if not saved:
+        raise UserError(
+            "the run must hold a trained dictionary",
+            f"none in {folder.path}, state: {folder.state()}",
+            "train it first",
+        )
+    if folder.state() != "done":
+        note(
+            f"{folder.path} is not a finished run ({folder.state()}); its dictionaries are used as they stand"
+        )
+    wanted = set(parse_layers(layers, 1 + max(map(layer_of, saved))))
+    chosen = [site for site in saved if layer_of(site) in wanted]
+    if not chosen:
+        raise UserError(
+            "--layers must name a layer of the run",
+            repr(layers),
+            f"the run has {', '.join(map(site_label, saved))}",
+        )
+    note(f"loading {config.model}")
+    model = load_model(config.model, dtype=config.dtype if dtype == "auto" else dtype, device=device)
+    dictionaries = {site: sae.load(folder.site_dir(site), device=str(model.device)) for site in chosen}
+    model.check_sites(chosen)
+    return LoadedRun(folder=folder, config=config, model=model, dictionaries=dictionaries)
+
+
+def harvest(options: HarvestOptions) -> Store:
+    """Writes a store of activations."""
+    corpus = load_corpus(options.corpus)
+    note(f"loading {options.model}")
+    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    sites = expand_sites(options.sites, options.layers, model.n_layers)
+    model.check_sites(sites)
+    blocks = iter_blocks(
+        model,
+        corpus,
+        split=options.split,
+        context=options.context,
+        blocks_per_batch=options.model_batch,
+        seed=options.seed,
+        max_tokens=options.tokens,
+    )
+    facts = StoreFacts(
+        model=model.name,
+        tokenizer_hash=model.tokenizer_hash,
+        corpus=options.corpus,
+        split=options.split,
+        context=options.context,
+        seed=options.seed,
+    )
+    with progress() as report:
+        rows = harvest_rows(model, blocks, sites)
+        return write_store(options.out, rows, facts, on_rows=lambda n: report("harvest", n, options.tokens))
+
+
+def train(config: TrainConfig) -> RunFolder:
+    """Trains a run, with progress on the console."""
+    with progress(unit="steps") as report:
+        return train_run(config, on_progress=report)
+
+
+def measure(loaded: LoadedRun, options: EvalOptions) -> dict[str, dict[str, Any]]:
+    """Evaluates the loaded dictionaries and merges what is found into the run's eval.json."""
+    wanted = max(options.tokens, options.loss_tokens, options.baseline_tokens)
+    with progress() as report:
+        metrics = evaluate(
+            loaded.model,
+            loaded.dictionaries,
+            loaded.held_out(wanted, options.corpus),
+            tokens=options.tokens,
+            loss_tokens=options.loss_tokens,
+            baseline_tokens=options.baseline_tokens,
+            progress=report,
+        )
+    corpus = options.corpus or loaded.config.corpus
+    found = {site: {**row, "corpus": corpus} for site, row in metrics.items()}
+    merged = loaded.folder.eval_table() | found
+    loaded.folder.write_eval({site: merged[site] for site in loaded.folder.sites() if site in merged})
+    return found
+
+
+def build(loaded: LoadedRun, options: IndexOptions) -> None:
+    """Indexes the loaded dictionaries into the run folder."""
+    with progress(unit="steps") as report:
+        build_index(
+            loaded.model,
+            loaded.dictionaries,
+            loaded.held_out(options.tokens, options.corpus),
+            loaded.folder.index_dir,
+            examples=options.examples,
+            corpus=options.corpus or loaded.config.corpus,
+            tokens=options.tokens,
+            progress=lambda done, total: report("feature index from held-out text", done, total),
+        )
