@@ -226,10 +226,18 @@ def _convert_file(path: Path, name: str, cache: Path | None, progress: bool, not
     from activations.gguf_file import check_whole
 
     check_whole(path)
-    facts = path.stat()
-    # a name for these bytes without reading them all: another file at this path has another size or time
-    identity = f"{path} {facts.st_size} {facts.st_mtime_ns}"
-    return _converted(name, identity, lambda _scratch: path, cache, progress, note)
+    return _converted(name, _fingerprint(path), lambda _scratch: path, cache, progress, note)
+
+
+def _fingerprint(path: Path, samples: int = 64, sample_bytes: int = 1 << 16) -> str:
+    """A name for a file's bytes, wherever it lies, from its size and samples spread evenly over it."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        for sample in range(samples):
+            file.seek(max(0, size - sample_bytes) * sample // (samples - 1))
+            digest.update(file.read(sample_bytes))
+    return digest.hexdigest()
 
 
 def _converted(

@@ -124,8 +124,8 @@ def next_token_losses(
 ) -> tuple[Float[Tensor, "variant row"], Float[Tensor, "variant row"]]:
     """Cross-entropy of the next token and KL(clean || variant) in nats, fp32; variant 0 is the clean run.
 
-    `finals` are hidden states after the final norm. Logits are computed in the model's dtype, for some rows of
-    all variants and `vocab_chunk` tokens at a time, and summed in fp32: all of them are never held together.
+    `finals` are hidden states after the final norm. Logits are computed in the model's dtype, some rows of
+    all variants and `vocab_chunk` tokens at a time, and summed in fp32: they are never held all together.
     """
     n_variants, n_rows, _ = finals.shape
     rows, columns = _tile(n_variants, model, vocab_chunk)
