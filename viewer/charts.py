@@ -39,7 +39,7 @@ def by_layer(
     kinds = list(overview["kind"].unique())
     for number, (metric, name) in enumerate(metrics.items()):
         for place, kind in enumerate(kinds):
-            rows = overview[overview["kind"] == kind].sort_values("layer")
+            rows = overview.loc[overview["kind"] == kind].sort_values(by="layer")
             label = name if len(kinds) == 1 else f"{kind} {name}"
             bars = (
                 {"type": "data", "array": rows[error], "thickness": 1.5, "width": 3}
@@ -57,8 +57,10 @@ def by_layer(
             )
     figure.update_xaxes(title="layer", dtick=1 if overview["layer"].nunique() < 10 else 2)
     figure.update_yaxes(rangemode="tozero", tickformat=".0%" if percent else None)
-    figure.update_layout(title={"text": title, "font": {"size": 15}}, showlegend=len(figure.data) > 1)
-    return _plain(figure, 270)
+    figure.update_layout(
+        title={"text": title, "font": {"size": 15}}, showlegend=len(kinds) * len(metrics) > 1
+    )
+    return _plain(figure, 270, top=40)
 
 
 def curves(metrics: pd.DataFrame, metric: str, labels: dict[str, str]) -> go.Figure:
@@ -66,14 +68,14 @@ def curves(metrics: pd.DataFrame, metric: str, labels: dict[str, str]) -> go.Fig
     figure = go.Figure()
     sites = [site for site in labels if site in set(metrics["site"])]
     for place, site in enumerate(sites):
-        rows = metrics[(metrics["site"] == site) & metrics[metric].notna()]
+        rows = metrics.loc[metrics["site"] == site].dropna(subset=[metric])
         figure.add_scatter(
             x=rows["step"], y=rows[metric], name=labels[site], mode="lines",
             line={"color": _between(place / max(1, len(sites) - 1)), "width": 1.5},
         )  # fmt: skip
     figure.update_xaxes(title="step")
     figure.update_yaxes(title=metric)
-    return _plain(figure, 340)
+    return _plain(figure, 340, top=40)
 
 
 def _between(share: float) -> str:
@@ -82,10 +84,10 @@ def _between(share: float) -> str:
     return "rgb({},{},{})".format(*(round(a + (b - a) * part) for a, b in zip(low, high, strict=True)))
 
 
-def _plain(figure: go.Figure, height: int) -> go.Figure:
+def _plain(figure: go.Figure, height: int, top: int = 8) -> go.Figure:
     figure.update_layout(
         height=height,
-        margin={"l": 8, "r": 8, "t": 40 if figure.layout.title.text else 8, "b": 8},
+        margin={"l": 8, "r": 8, "t": top, "b": 8},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         bargap=0.05,

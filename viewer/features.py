@@ -91,7 +91,7 @@ class Run:
         facts = [(k, str(config.get(k, "–"))) for k in ("model", "corpus", "width", "l0", "tokens")]
         cells = [
             [html.escape(site_label(row["site"])), *(markup.number(row[m]) for m in _METRICS)]
-            for _, row in self.overview().iterrows()
+            for row in self.overview().to_dict("records")
         ]
         body = markup.facts_html([*facts, ("state", self.folder.state())]) + markup.table_html(
             ["site", *_METRICS], cells
@@ -217,13 +217,11 @@ class Feature:
             tokens = [markup.readable(t) for t in logits.loc[logits["side"] == side, "token"]]
             if tokens:
                 lines.append(f"  {word}  " + "  ".join(tokens))
-        for row in self.examples().head(5).itertuples():
-            text = [markup.readable(t, alone=False) for t in row.tokens]
-            text[row.peak] = f"[{text[row.peak]}]"
-            lines.append(
-                f"  {markup.number(row.activation):>7}  "
-                + "".join(text[max(0, row.peak - 12) : row.peak + 7])
-            )
+        for row in self.examples().head(5).to_dict("records"):
+            text, peak = [markup.readable(t, alone=False) for t in row["tokens"]], row["peak"]
+            text[peak] = f"[{text[peak]}]"
+            around = "".join(text[max(0, peak - 12) : peak + 7])
+            lines.append(f"  {markup.number(row['activation']):>7}  {around}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

@@ -30,9 +30,11 @@ class IndexModel(Unembedding, Protocol):
 
     def activations(self, tokens: Tensor, sites: Sequence[str]) -> dict[str, Tensor]:
         """Tokens [batch, pos] to {site: [batch, pos, d_in]}."""
+        ...
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         """Tokens as they decode."""
+        ...
 
 
 @torch.inference_mode()

@@ -28,7 +28,7 @@ _DARK = {
 _THEME = {
     "baseRadius": "small",
     "showWidgetBorder": True,
-    "paddingTop": "4.5rem",
+    "paddingTop": "1.5rem",
     "headingFontWeights": [600, 600, 600],
     "headingFontSizes": ["2rem", "1.6rem", "1.2rem"],
 }

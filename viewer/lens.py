@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 _GROUP = 64
-_VOCAB_CHUNK = 8192
-_LATENT_CHUNK = 2048
+_VOCAB_CHUNK = 32768
+_LATENT_CHUNK = 1024
 
 
 @runtime_checkable
@@ -19,9 +19,11 @@ class Unembedding(Protocol):
     @property
     def W_U(self) -> Tensor:
         """The unembedding, [d_model, d_vocab]."""
+        ...
 
     def final_norm(self, resid: Tensor) -> Tensor:
         """The norm before it, [..., d_model] to [..., d_model]."""
+        ...
 
 
 def linear_part(
@@ -56,8 +58,8 @@ def top_logits(
     with d a row of W_dec as it stands, gamma and c as in `linear_part`: the change in the logits, centred
     over the vocabulary, per unit of activation, for a residual whose root mean square is 1 and ignoring the
     layers between and any soft cap. Products are searched in W_U's own dtype, a chunk of the vocabulary at
-    a time; twice as many candidates as wanted are then computed again in fp32 and ranked by that. Returns
-    token ids and fp32 logits.
+    a time; half as many candidates again as are wanted are then computed in fp32 and ranked by that.
+    Returns token ids and fp32 logits.
     """
     unembed = model.W_U
     d_vocab, device = unembed.shape[1], unembed.device
@@ -71,7 +73,7 @@ def top_logits(
         read = linear_part(model.final_norm, rows.to(device).float(), unembed.dtype)
         sides = [
             _refine(read, unembed, mean, side, count, sign)
-            for sign, side in _search(read, unembed, 2 * count)
+            for sign, side in _search(read, unembed, 3 * count // 2)
         ]
         ids.append(torch.cat([side[0] for side in sides], 1).cpu())
         logits.append(torch.cat([side[1] for side in sides], 1).cpu())

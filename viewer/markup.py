@@ -102,9 +102,8 @@ def example_html(tokens: Sequence[str], values: Sequence[float], peak: int, top:
     """
     parts = []
     for index, (token, value) in enumerate(zip(tokens, values, strict=True)):
-        if index == 0 and value <= 0:
-            token = token.removeprefix(" ")
         if value <= 0:
+            token = token.removeprefix(" ") if index == 0 else token
             # a single space between two words is seen as it is
             parts.append(" " if token == " " else token_html(token, alone=False) if token else "")
             continue
@@ -115,7 +114,8 @@ def example_html(tokens: Sequence[str], values: Sequence[float], peak: int, top:
         lead = " " if token.startswith(" ") and token.strip(" ") else ""
         hover = f"{readable(token)}: {number(value)}"
         parts.append(
-            lead + token_html(token[len(lead) :], alone=False, style=style, classes=classes, title=hover)
+            (lead if index else "")
+            + token_html(token[len(lead) :], alone=False, style=style, classes=classes, title=hover)
         )
         if index == peak:
             parts.append(f'<span class="js-val">{number(value)}</span>')

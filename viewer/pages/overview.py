@@ -115,7 +115,7 @@ def show_curves(run: Run) -> None:
     numeric = [c for c in metrics.select_dtypes("number").columns if c not in _PARAMETERS]
     shared = [c for c in ("l0", "fvu", "loss", "dead") if c in numeric]
     order = [*shared, *(c for c in numeric if c not in shared)]
-    chosen = st.selectbox("Metric", order, key="curve", width=220)
+    chosen = st.selectbox("Metric", order, key="curve", width=220) or order[0]
     labels = {site: site_label(site) for site in run.sites}
     st.plotly_chart(charts.curves(metrics, chosen, labels), key="curves", config={"displayModeBar": False})
 
