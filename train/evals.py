@@ -262,9 +262,9 @@ def _loss_summary(clean: _RatioSums, part: _SiteLosses) -> dict[str, Any]:
         "kl": part.kl.value,
     }
     for name, baseline in (("mean", part.delta_mean.value), ("zero", part.delta_zero.value)):
-        known = None not in (ce_clean, delta, baseline)
-        values[f"ce_{name}"] = _finite(ce_clean + baseline) if known else None
-        lost = _ratio(delta, baseline) if known else None
+        unknown = ce_clean is None or baseline is None
+        values[f"ce_{name}"] = None if unknown else _finite(ce_clean + baseline)
+        lost = _ratio(delta, baseline)
         values[f"ce_recovered_{name}"] = None if lost is None else 1 - lost
     return values
 

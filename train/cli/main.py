@@ -42,10 +42,6 @@ VERBS: dict[str, tuple[str, str]] = {
 USAGE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 2, 130, 143, 141
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the program stands, so that it stops as on Ctrl-C."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code: 0, 2 for what the user can put right, 130, 143 or 141.
 
@@ -59,10 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except Terminated:
-        return _say("stopped by SIGTERM", TERMINATED)
-    except KeyboardInterrupt:
-        return _say("stopped", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        terminated = "SIGTERM" in interrupt.args
+        return _say("stopped by SIGTERM", TERMINATED) if terminated else _say("stopped", INTERRUPTED)
     except BrokenPipeError:
         # the reader (`| head`) has gone; what is still buffered must not raise again at exit
         with contextlib.suppress(OSError):
@@ -140,7 +135,8 @@ def _quiet_libraries() -> None:
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
+        # stops the program where it stands, as Ctrl-C does
+        raise KeyboardInterrupt("SIGTERM")
 
     # only the main thread may set handlers; tests call `main` from others
     if threading.current_thread() is not threading.main_thread():

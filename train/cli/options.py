@@ -176,7 +176,8 @@ class DemoOptions:
 
     def train_config(self, out: str) -> TrainConfig:
         """The training that the demo does, into the folder `out`."""
-        return TrainConfig(**shared_values(self, TrainConfig) | {"out": out})
+        values: dict[str, Any] = shared_values(self, TrainConfig) | {"out": out}
+        return TrainConfig(**values)
 
 
 def shared_values(source: Any, kind: type) -> dict[str, Any]:

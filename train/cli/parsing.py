@@ -29,7 +29,7 @@ def parse(
     With `from_dict` the verb also takes `--config FILE`, a run's run.json or a JSON object of the same
     keys: its values take the place of the defaults. Raises UserError for values that the dataclass refuses.
     """
-    default = None
+    default: Any = None
     if from_dict is not None:
         argv, path = _take_config(argv)
         default = None if path is None else _load_config(path, from_dict)

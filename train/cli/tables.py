@@ -58,10 +58,11 @@ def training_summary(metrics: pd.DataFrame) -> Table:
     made = table("site", ">step", ">L0", ">FVU", ">dead")
     if metrics.empty:
         return made
-    for site, row in metrics.groupby("site", sort=False).last().iterrows():
+    last = metrics.groupby("site", sort=False).last().to_dict("index")
+    for site, row in last.items():
         made.add_row(
             site_label(str(site)),
-            str(int(row["step"])),
+            str(row["step"]),
             figure(row["l0"], 1),
             figure(row["fvu"], 4),
             f"{100 * row['dead']:.1f} %",

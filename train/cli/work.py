@@ -22,7 +22,7 @@ from train.cli.options import EvalOptions, HarvestOptions, IndexOptions
 from train.cli.progress import progress
 from train.config import TrainConfig
 from train.evals import evaluate
-from train.run_folder import RunFolder
+from train.run_folder import RUN, RunFolder
 from train.trainer import train_run
 from viewer.index import build_index
 
@@ -115,9 +115,15 @@ def harvest(options: HarvestOptions) -> Store:
 
 
 def train(config: TrainConfig) -> RunFolder:
-    """Trains a run, with progress on the console."""
-    with progress(unit="steps") as report:
-        return train_run(config, on_progress=report)
+    """Trains a run, with progress on the console. When it is stopped, says what is left of it."""
+    note(f"reading {config.store}" if config.store else f"loading {config.model}")
+    try:
+        with progress() as report:
+            return train_run(config, on_progress=report)
+    except KeyboardInterrupt:
+        if (Path(config.out) / RUN).is_file():
+            note(f"what was trained so far is in {config.out}")
+        raise
 
 
 def measure(loaded: LoadedRun, options: EvalOptions) -> dict[str, dict[str, Any]]:
