@@ -50,11 +50,11 @@ def check_new(folder: Path | str) -> None:
         raise UserError(
             "a new store needs a folder of its own",
             f"a store in {folder}",
-            "give another --store, or delete it",
+            "give another --out, or delete it",
         )
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise UserError(
-            "a new store needs an empty folder", f"other files at {folder}", "give another --store"
+            "a new store needs an empty folder", f"other files at {folder}", "give another --out"
         )
     if _partial(folder).exists():
         raise UserError(
