@@ -31,7 +31,9 @@ def table(*columns: str, title: str | None = None) -> Table:
     made = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
     for column in columns:
         right = column.startswith(">")
-        made.add_column(column.removeprefix(">"), justify="right" if right else "left", overflow="fold")
+        made.add_column(
+            column.removeprefix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right
+        )
     return made
 
 

@@ -20,8 +20,8 @@ def eval_summary(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
         ">target",
         ">FVU",
         ">delta CE",
-        ">CE rec. (mean)",
-        ">CE rec. (zero)",
+        ">CE rec.\nmean",
+        ">CE rec.\nzero",
         ">KL",
         ">dead",
     )
