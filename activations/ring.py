@@ -161,6 +161,13 @@ class ShuffleRing:
             raise RuntimeError("the ring is empty")
         return self._statistics
 
+    def first_rows(self, site: str, count: int) -> Float[Tensor, "row d_in"]:
+        """Up to `count` rows of the first generation, evenly spaced, before it is replaced; a copy in the ring's dtype."""
+        if self._statistics is None or len(self._sizes) > 1:
+            raise RuntimeError("first_rows is for the time between reading `statistics` and the second round")
+        filled = self._sizes[0]
+        return self._buffers[site][:filled][:: max(1, filled // count)][:count].clone()
+
     def __iter__(self) -> Iterator[RingBatch]:
         waiting = torch.empty(0, dtype=torch.int64)
         round_ = 0

@@ -23,7 +23,10 @@ _REMEDIES = {
     errno.EPERM: ("the folder must be writable", "change its permissions or choose another folder"),
     errno.EROFS: ("the folder must be writable", "choose a folder that is not mounted read-only"),
     errno.ENOTDIR: ("a folder must stand at that path", "choose another folder"),
-    errno.EISDIR: ("a file must be able to stand at that path", "remove the folder there or choose another path"),
+    errno.EISDIR: (
+        "a file must be able to stand at that path",
+        "remove the folder there or choose another path",
+    ),
     errno.EEXIST: ("a folder must stand at that path", "choose another folder"),
 }
 
@@ -35,7 +38,9 @@ def disk_errors(path: Path | str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         # safetensors wraps the operating system's error in one of its own and keeps only its text
-        code = getattr(error, "errno", None) or next((c for c in _REMEDIES if f"os error {c})" in str(error)), None)
+        code = getattr(error, "errno", None) or next(
+            (c for c in _REMEDIES if f"os error {c})" in str(error)), None
+        )
         if code not in _REMEDIES:
             raise
         must, do = _REMEDIES[code]
@@ -89,12 +94,16 @@ def read_json(path: Path | str) -> Any:
     except FileNotFoundError as error:
         raise UserError(f"{path.name} must be there", f"no file {path}", "check the path") from error
     except OSError as error:
-        raise UserError(f"{path} must be a file that can be read", f"{error.strerror}", "check the path") from error
+        raise UserError(
+            f"{path} must be a file that can be read", f"{error.strerror}", "check the path"
+        ) from error
     except ValueError as error:
         raise UserError(f"{path} must hold JSON", str(error), "restore the file or write it again") from error
 
 
-def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(
+    path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes a safetensors file atomically. Tensors that share memory are written each on its own."""
     ready: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -115,7 +124,9 @@ def load_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(path, device=device)
     except SafetensorError as error:
-        raise UserError(f"{path} must be a whole safetensors file", str(error), "restore the file or write it again") from error
+        raise UserError(
+            f"{path} must be a whole safetensors file", str(error), "restore the file or write it again"
+        ) from error
 
 
 def sha256_file(path: Path | str) -> str:

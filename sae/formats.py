@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-
 from sae.errors import UserError
 from sae.files import load_tensors, make_folder, read_json, save_tensors, write_json
 from sae.jumprelu import DictionaryConfig, JumpReLU, parameter_shapes
@@ -24,13 +23,21 @@ def load(path: Path | str, *, device: str = "cpu") -> JumpReLU:
     """Reads a folder that `save` or SAELens wrote. Raises UserError when files are missing, torn or do not fit each other."""
     folder = Path(path)
     if not (folder / CONFIG).is_file():
-        raise UserError(f"a dictionary's folder must hold {CONFIG} and {WEIGHTS}", f"no {CONFIG} in {folder}", "give the folder of one site, such as runs/NAME/sites/SITE")
+        raise UserError(
+            f"a dictionary's folder must hold {CONFIG} and {WEIGHTS}",
+            f"no {CONFIG} in {folder}",
+            "give the folder of one site, such as runs/NAME/sites/SITE",
+        )
     cfg = _from_saelens(read_json(folder / CONFIG), folder)
     tensors = load_tensors(folder / WEIGHTS, device)
     for name, shape in parameter_shapes(cfg).items():
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != shape:
-            raise UserError(f"{name} in {folder / WEIGHTS} must have shape {shape}", f"{found}", "the config and the weights do not belong together; save the dictionary again")
+            raise UserError(
+                f"{name} in {folder / WEIGHTS} must have shape {shape}",
+                f"{found}",
+                "the config and the weights do not belong together; save the dictionary again",
+            )
     dictionary = JumpReLU(cfg, dtype=tensors["W_enc"].dtype, device=device)
     dictionary.load_state_dict({name: tensors[name] for name in parameter_shapes(cfg)})
     return dictionary.requires_grad_(False)
@@ -73,10 +80,18 @@ def _from_saelens(values: dict[str, Any], folder: Path) -> DictionaryConfig:
     metadata = values.get("metadata") or {}
     if "jumpscope" in metadata:
         return DictionaryConfig.from_dict(metadata["jumpscope"])
-    must_be = {"architecture": ("jumprelu", "jumprelu_transcoder"), "apply_b_dec_to_input": (False,), "normalize_activations": ("none",)}
+    must_be = {
+        "architecture": ("jumprelu", "jumprelu_transcoder"),
+        "apply_b_dec_to_input": (False,),
+        "normalize_activations": ("none",),
+    }
     for key, allowed in must_be.items():
         if values.get(key) not in allowed:
-            raise UserError(f"{key} must be {' or '.join(map(repr, allowed))} to be read here", f"{values.get(key)!r} in {folder / CONFIG}", "fold the dictionary with SAELens first")
+            raise UserError(
+                f"{key} must be {' or '.join(map(repr, allowed))} to be read here",
+                f"{values.get(key)!r} in {folder / CONFIG}",
+                "fold the dictionary with SAELens first",
+            )
     return DictionaryConfig(
         d_in=values["d_in"],
         d_sae=values["d_sae"],
@@ -88,5 +103,3 @@ def _from_saelens(values: dict[str, Any], folder: Path) -> DictionaryConfig:
         context=metadata.get("context_size") or 0,
         prepend_bos=bool(metadata.get("prepend_bos", True)),
     )
-
-

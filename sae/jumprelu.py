@@ -41,7 +41,9 @@ class DictionaryConfig:
     def __post_init__(self) -> None:
         for name in ("d_in", "d_sae"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1", f"{name} = {getattr(self, name)}", "give a positive number")
+                raise UserError(
+                    f"{name} must be at least 1", f"{name} = {getattr(self, name)}", "give a positive number"
+                )
         if self.d_out == 0:
             object.__setattr__(self, "d_out", self.d_in)
         if self.site_out == "":
@@ -58,7 +60,11 @@ class DictionaryConfig:
         """The inverse of `to_dict`. Raises UserError for a key it does not know."""
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise UserError("a dictionary's config must hold known keys only", f"unknown {unknown}", f"known keys: {sorted(known)}")
+            raise UserError(
+                "a dictionary's config must hold known keys only",
+                f"unknown {unknown}",
+                f"known keys: {sorted(known)}",
+            )
         return cls(**values)
 
 
@@ -71,7 +77,9 @@ class JumpReLU(nn.Module):
     The gate is strict. Activations go in and come out in the model's own units.
     """
 
-    def __init__(self, cfg: DictionaryConfig, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, cfg: DictionaryConfig, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> None:
         super().__init__()
         self.cfg = cfg
         shapes = parameter_shapes(cfg)
@@ -102,7 +110,11 @@ class JumpReLU(nn.Module):
         return self.decode(self.encode(x)).to(x.dtype)
 
     def extra_repr(self) -> str:
-        where = self.cfg.site_in if self.cfg.site_in == self.cfg.site_out else f"{self.cfg.site_in} -> {self.cfg.site_out}"
+        where = (
+            self.cfg.site_in
+            if self.cfg.site_in == self.cfg.site_out
+            else f"{self.cfg.site_in} -> {self.cfg.site_out}"
+        )
         return f"{self.cfg.model} {where}, d_in={self.cfg.d_in}, d_sae={self.cfg.d_sae}".strip()
 
 

@@ -32,7 +32,11 @@ class Sparsity:
 
     def __post_init__(self) -> None:
         if self.kind not in ("quadratic", "quadratic_token", "linear", "frequency"):
-            raise UserError("the sparsity term must be quadratic, quadratic_token, linear or frequency", repr(self.kind), "choose one of them")
+            raise UserError(
+                "the sparsity term must be quadratic, quadratic_token, linear or frequency",
+                repr(self.kind),
+                "choose one of them",
+            )
         if self.coefficient < 0 or self.frequency_scale <= 0:
             raise UserError(
                 "the sparsity coefficient must not be negative and frequency_scale must be positive",

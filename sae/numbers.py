@@ -18,7 +18,11 @@ def parse_count(text: str | int) -> int:
     # a Fraction: a float would round whole numbers above 2^53
     value = Fraction(match[1]) * _COUNT_UNITS[match[2].lower()] if match else None
     if value is None or value.denominator != 1:
-        raise UserError("a count is a whole number with an optional k, M or B", repr(text), "write for example 4096, 16k or 1.5M")
+        raise UserError(
+            "a count is a whole number with an optional k, M or B",
+            repr(text),
+            "write for example 4096, 16k or 1.5M",
+        )
     return value.numerator
 
 
@@ -39,7 +43,11 @@ def parse_size(text: str | int) -> int:
     """Bytes with an optional K, M, G or T (powers of 1,024): ``"8G"`` is 8 * 2**30."""
     match = _SIZE.match(str(text))
     if not match:
-        raise UserError("a size is a number of bytes with an optional K, M, G or T", repr(text), "write for example 8G or 512M")
+        raise UserError(
+            "a size is a number of bytes with an optional K, M, G or T",
+            repr(text),
+            "write for example 8G or 512M",
+        )
     return round(Fraction(match[1]) * _SIZE_UNITS[match[2].lower()])
 
 

@@ -70,6 +70,8 @@ class TrainConfig:
     """L0 at the start, in multiples of the target."""
     l0_anneal: float = 0.3
     """Share of the steps over which the L0 aimed at falls to the target."""
+    principal: int = 8
+    """Strongest principal directions that get two latents of their own at the start; 0 for none."""
     beta1: float = 0.9
     """Adam's first moment; 0 keeps none."""
     beta2: float = 0.999
@@ -94,23 +96,63 @@ class TrainConfig:
     """Mirror the metrics to Weights & Biases."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "l0", "tokens", "passes", "batch", "model_batch", "lr", "threshold_lr", "bandwidth", "l0_start", "dead_after", "memory", "log_every"):
+        for name in (
+            "width",
+            "l0",
+            "tokens",
+            "passes",
+            "batch",
+            "model_batch",
+            "lr",
+            "threshold_lr",
+            "bandwidth",
+            "l0_start",
+            "dead_after",
+            "memory",
+            "log_every",
+        ):
             if not getattr(self, name) > 0:
-                raise UserError(f"--{_flag(name)} must be above zero", f"{getattr(self, name)}", "give a positive number")
+                raise UserError(
+                    f"--{_flag(name)} must be above zero", f"{getattr(self, name)}", "give a positive number"
+                )
         if self.l0 > self.width:
-            raise UserError("--l0 must not exceed --width: no more latents can fire than there are", f"--l0 {self.l0:g} with --width {self.width}", "lower --l0 or raise --width")
+            raise UserError(
+                "--l0 must not exceed --width: no more latents can fire than there are",
+                f"--l0 {self.l0:g} with --width {self.width}",
+                "lower --l0 or raise --width",
+            )
         if self.tokens < self.batch:
-            raise UserError("--tokens must fill at least one batch", f"--tokens {self.tokens} with --batch {self.batch}", "raise --tokens or lower --batch")
+            raise UserError(
+                "--tokens must fill at least one batch",
+                f"--tokens {self.tokens} with --batch {self.batch}",
+                "raise --tokens or lower --batch",
+            )
         if self.context < 2:
-            raise UserError("--context must be at least 2: BOS and a token", f"{self.context}", "the default 256 suits most corpora")
+            raise UserError(
+                "--context must be at least 2: BOS and a token",
+                f"{self.context}",
+                "the default 256 suits most corpora",
+            )
         for name in ("warmup", "decay", "l0_anneal"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"--{_flag(name)} is a share of the steps, from 0 to 1", f"{getattr(self, name)}", "give a number from 0 to 1")
+                raise UserError(
+                    f"--{_flag(name)} is a share of the steps, from 0 to 1",
+                    f"{getattr(self, name)}",
+                    "give a number from 0 to 1",
+                )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{_flag(name)} must be from 0 to below 1", f"{getattr(self, name)}", "the defaults 0.9 and 0.999 suit most runs")
+                raise UserError(
+                    f"--{_flag(name)} must be from 0 to below 1",
+                    f"{getattr(self, name)}",
+                    "the defaults 0.9 and 0.999 suit most runs",
+                )
         if self.sparsity_coefficient < 0:
-            raise UserError("--sparsity-coefficient must not be negative", f"{self.sparsity_coefficient}", "the default 0.1 suits most runs")
+            raise UserError(
+                "--sparsity-coefficient must not be negative",
+                f"{self.sparsity_coefficient}",
+                "the default 0.1 suits most runs",
+            )
 
     @property
     def steps(self) -> int:
@@ -126,7 +168,11 @@ class TrainConfig:
         """The inverse of `to_dict`. Raises UserError for a key it does not know."""
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise UserError("a training config must hold known keys only", f"unknown {unknown}", f"known keys: {', '.join(sorted(known))}")
+            raise UserError(
+                "a training config must hold known keys only",
+                f"unknown {unknown}",
+                f"known keys: {', '.join(sorted(known))}",
+            )
         return cls(**values)
 
 

@@ -28,7 +28,9 @@ class RunFolder:
         self._record = record
 
     @classmethod
-    def create(cls, path: Path | str, config: Mapping[str, Any], *, sites: list[str], device: str) -> "RunFolder":
+    def create(
+        cls, path: Path | str, config: Mapping[str, Any], *, sites: list[str], device: str
+    ) -> "RunFolder":
         """Makes a new run folder. Refuses a folder that holds anything."""
         path = Path(path)
         refuse_occupied(path)
@@ -51,11 +53,17 @@ class RunFolder:
         """Opens a run folder. Refuses one that a newer version wrote."""
         path = Path(path)
         if not (path / RUN).is_file():
-            raise UserError(f"a run folder must hold {RUN}", f"none in {path}", "give the folder that `jumpscope train --out` made")
+            raise UserError(
+                f"a run folder must hold {RUN}",
+                f"none in {path}",
+                "give the folder that `jumpscope train --out` made",
+            )
         record = read_json(path / RUN)
         if not isinstance(record, dict) or record.get("format", 0) > FORMAT:
             found = record.get("format") if isinstance(record, dict) else type(record).__name__
-            raise UserError(f"{path / RUN} must be of format {FORMAT} or older", f"{found}", "update jumpscope")
+            raise UserError(
+                f"{path / RUN} must be of format {FORMAT} or older", f"{found}", "update jumpscope"
+            )
         return cls(path, record)
 
     @property
@@ -107,7 +115,11 @@ class RunFolder:
                 rows.append(json.loads(line))
             except ValueError as error:
                 if number < len(lines) - 1:
-                    raise UserError(f"{path} must hold a line of JSON per row", f"line {number + 1}: {error}", "restore the file") from error
+                    raise UserError(
+                        f"{path} must hold a line of JSON per row",
+                        f"line {number + 1}: {error}",
+                        "restore the file",
+                    ) from error
         return pd.DataFrame(rows)
 
     def write_eval(self, table: Mapping[str, Mapping[str, Any]]) -> None:
@@ -126,9 +138,15 @@ def refuse_occupied(path: Path | str) -> None:
     """Raises UserError when something stands where a run folder is to be made."""
     path = Path(path)
     if (path / RUN).is_file():
-        raise UserError("--out must be a new folder", f"{path} holds another run", "choose another --out, or delete that run first")
+        raise UserError(
+            "--out must be a new folder",
+            f"{path} holds another run",
+            "choose another --out, or delete that run first",
+        )
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError("--out must be a new or an empty folder", f"{path} holds other files", "choose another --out")
+        raise UserError(
+            "--out must be a new or an empty folder", f"{path} holds other files", "choose another --out"
+        )
 
 
 def _version(package: str) -> str | None:
@@ -141,7 +159,9 @@ def _version(package: str) -> str | None:
 def _git_commit() -> str | None:
     here = Path(__file__).resolve().parent
     try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None

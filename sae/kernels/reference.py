@@ -49,10 +49,15 @@ class _Gate(torch.autograd.Function):
 
 
 def reference_step(
-    weights: StepWeights, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], settings: StepSettings
+    weights: StepWeights,
+    x: Float[Tensor, "batch d_in"],
+    y: Float[Tensor, "batch d_out"],
+    settings: StepSettings,
 ) -> StepResult:
     """Loss = mean_b ||reconstruction_b - y_b||^2 + sparsity, differentiated by autograd in the weights' dtype."""
-    leaves = {f.name: getattr(weights, f.name).detach().requires_grad_(True) for f in dataclasses.fields(weights)}
+    leaves = {
+        f.name: getattr(weights, f.name).detach().requires_grad_(True) for f in dataclasses.fields(weights)
+    }
     low = settings.product_dtype if settings.product_dtype != torch.float32 else x.dtype
     centred = x - leaves["b_in"]
     pre = (centred.to(low) @ leaves["W_enc_t"].to(low).T).to(x.dtype) + leaves["b_enc"]

@@ -21,7 +21,10 @@ from sae.losses import sparsity_gradient, sparsity_value
 
 
 def sparse_step(
-    weights: StepWeights, x: Float[Tensor, "batch d_in"], y: Float[Tensor, "batch d_out"], settings: StepSettings
+    weights: StepWeights,
+    x: Float[Tensor, "batch d_in"],
+    y: Float[Tensor, "batch d_out"],
+    settings: StepSettings,
 ) -> StepResult:
     """The same result as `reference_step`, for the cost of the encoder's product and of the candidates."""
     batch, d_sae = len(x), len(weights.threshold)
@@ -91,7 +94,10 @@ def _offsets(bag: Int[Tensor, " pair"], bags: int) -> Int[Tensor, " bags"]:
 
 
 def _bag_sum(
-    index: Int[Tensor, " pair"], table: Float[Tensor, "row width"], offsets: Int[Tensor, " bags"], weight: Float[Tensor, " pair"]
+    index: Int[Tensor, " pair"],
+    table: Float[Tensor, "row width"],
+    offsets: Int[Tensor, " bags"],
+    weight: Float[Tensor, " pair"],
 ) -> Float[Tensor, "bags width"]:
     """sum over each bag's pairs of weight * table[index]; an empty bag gives zeros."""
     return F.embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weight)
