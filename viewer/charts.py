@@ -55,7 +55,7 @@ def by_layer(
                 line={"color": _SERIES[(number + place * len(metrics)) % len(_SERIES)], "width": 2},
                 marker={"size": 7, "symbol": ("circle", "diamond", "square", "x")[number % 4]},
             )
-    figure.update_xaxes(title="layer", dtick=1 if overview["layer"].nunique() < 10 else 2)
+    figure.update_xaxes(title="layer", dtick=1 if len(set(overview["layer"])) < 10 else 2)
     figure.update_yaxes(rangemode="tozero", tickformat=".0%" if percent else None)
     figure.update_layout(
         title={"text": title, "font": {"size": 15}}, showlegend=len(kinds) * len(metrics) > 1
