@@ -71,7 +71,7 @@ def convert(gguf: Path, folder: Path, *, progress: bool) -> None:
     folder.mkdir()
     with nullcontext() if progress else quiet():
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=dtype, local_files_only=True, **_dequantize()
             )
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)

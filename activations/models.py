@@ -4,10 +4,10 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class LanguageModel:
         TransformerLens has no bridge for the architecture.
         """
         config = hf_model.config.get_text_config()
-        head = hf_model.get_output_embeddings()
+        head: Any = hf_model.get_output_embeddings()
         if head is None or getattr(config, "is_encoder_decoder", False):
             raise UserError(
                 "the model must be a causal language model", hf_model.config.model_type, "choose another"
@@ -59,9 +59,10 @@ class LanguageModel:
         self.d_vocab, self.d_model = (int(size) for size in head.weight.shape)
         self.max_context = int(getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length)
         # read before the bridge sees the tokenizer: it fills in the special tokens that are missing
-        self.bos_id: int | None = tokenizer.bos_token_id
+        bos: Any = tokenizer.bos_token_id
+        self.bos_id: int | None = bos
         self.special_ids: tuple[int, ...] = _special_ids(tokenizer)
-        self.bridge = _boot(hf_model, tokenizer)
+        self.bridge = _boot(hf_model, tokenizer, head.weight)
         self.n_layers = len(self.bridge.blocks)
         self._head: nn.Module = head
         self._body: nn.Module = hf_model.base_model
@@ -136,7 +137,7 @@ class LanguageModel:
         return self._body(tokens.to(self.device), use_cache=False).last_hidden_state
 
     @contextmanager
-    def watching(self, watchers: dict[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    def watching(self, watchers: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
         """Within it, each watcher is given its site's activation; a tensor it returns replaces that one."""
         handles = []
         try:
@@ -150,7 +151,7 @@ class LanguageModel:
 
     def final_norm(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The model's last norm, on a residual stream."""
-        return self.bridge.ln_final.original_component(resid)
+        return cast(nn.Module, self.bridge.ln_final.original_component)(resid)
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
@@ -202,7 +203,7 @@ class LanguageModel:
         return hashlib.sha256(json.dumps([vocabulary, self.encode(_PROBE)]).encode()).hexdigest()
 
     def _raw_piece(self, token: int) -> str:
-        piece = self.tokenizer.convert_ids_to_tokens(token) if token < len(self.tokenizer) else None
+        piece: Any = self.tokenizer.convert_ids_to_tokens(token) if token < len(self.tokenizer) else None
         if piece is None:
             return f"<{token}>"
         alphabet = _byte_alphabet()
@@ -225,7 +226,8 @@ def load_model(
     kind = pick_dtype(dtype, place)
     source = fetch_folder(name, cache=cache, progress=progress)
     hf_model, tokenizer = _read_folder(source.folder, kind)
-    return LanguageModel(source.name, hf_model.to(place), tokenizer)
+    hf_model.to(device=place)  # pyright: ignore[reportCallIssue]  # its own decorator hides the signature
+    return LanguageModel(source.name, hf_model, tokenizer)
 
 
 def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -246,12 +248,11 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
     return hf_model, tokenizer
 
 
-def _boot(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformerBridge:
+def _boot(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weight: Tensor) -> TransformerBridge:
     hf_model.eval().requires_grad_(False)
     # unless it says that it adds BOS, the bridge would read the tokenizer once more, from the disk or the hub
     own = copy.copy(tokenizer) if tokenizer.eos_token is not None else copy.deepcopy(tokenizer)
     own.init_kwargs = {"name_or_path": "", **tokenizer.init_kwargs, "add_bos_token": True}
-    weight = hf_model.get_output_embeddings().weight
     architecture = type(hf_model).__name__
     hf_model.config.architectures = [
         architecture

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ TEXTS = [
     "A dictionary per layer: harvest the activations, train, look at the features.",
 ]
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 300,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -28,7 +29,7 @@ SHAPE = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 16}
 
 CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "gemma": lambda: transformers.GemmaConfig(**SHAPE, **GROUPED),

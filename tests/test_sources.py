@@ -5,6 +5,7 @@ import logging
 import threading
 import types
 from pathlib import Path
+from typing import Any
 
 import gguf
 import huggingface_hub
@@ -90,7 +91,8 @@ def test_a_gguf_file_is_converted_once(tiny_gguf: Path, cache: Path, monkeypatch
     model = load_model(str(tiny_gguf), cache=cache, dtype="fp32", device="cpu", progress=False)
     assert (model.n_layers, model.d_model, model.d_vocab, model.bos_id) == (LAYERS, D, VOCAB, 2)
     step = np.abs(EMBEDDING).max() / 127  # of the eight-bit format
-    read = model.bridge.original_model.get_input_embeddings().weight.detach()
+    plain: Any = model.bridge.original_model
+    read = plain.get_input_embeddings().weight.detach()
     torch.testing.assert_close(read, torch.from_numpy(EMBEDDING), rtol=1e-2, atol=float(step))
     text = "the capital of Rome"
     assert "".join(model.token_strings(model.encode(text))) == text
@@ -105,8 +107,8 @@ def test_the_shape_is_known_from_the_head(tiny_gguf: Path, cache: Path) -> None:
     model = load_model(str(tiny_gguf), cache=cache, dtype="fp32", device="cpu", progress=False)
     assert (shape.n_layers, shape.d_model, shape.d_vocab, shape.max_context) == (LAYERS, D, VOCAB, 64)
     assert shape.widths["attn_z"] == model.site_width("blocks.0.attn.hook_z")
-    body = model.bridge.original_model.base_model
-    assert shape.body_params == sum(p.numel() for p in body.parameters()) - VOCAB * D
+    plain: Any = model.bridge.original_model
+    assert shape.body_params == sum(p.numel() for p in plain.base_model.parameters()) - VOCAB * D
 
 
 def test_weights_finer_than_bf16_keep_their_precision(tmp_path: Path) -> None:
@@ -282,7 +284,7 @@ def test_the_cache_lies_where_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pa
 class Hub:
     """Stands in for the hub: answers with the files of a repository, or with an error."""
 
-    def __init__(self, answer: object) -> None:
+    def __init__(self, answer: Any) -> None:
         self.answer = answer
 
     def model_info(self, _hub_id: str, timeout: float) -> object:
