@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,10 @@ class LanguageModel:
         self.special_ids: tuple[int, ...] = _special_ids(tokenizer)
         self.bridge = _boot(hf_model, tokenizer, head.weight)
         self.n_layers = len(self.bridge.blocks)
-        self._head: nn.Module = head
+        self._head: Any = head
         self._body: nn.Module = hf_model.base_model
+        bridge: Any = self.bridge
+        self._norm: nn.Module = bridge.ln_final.original_component
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._logit_scale = _logit_scale(config)
         self._points: dict[str, nn.Module] = {}
@@ -151,7 +153,7 @@ class LanguageModel:
 
     def final_norm(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The model's last norm, on a residual stream."""
-        return cast(nn.Module, self.bridge.ln_final.original_component)(resid)
+        return self._norm(resid)
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
