@@ -20,6 +20,7 @@ Progress = Callable[[str, int, int], None]
 
 # edges of the histogram of log10(density); silent latents lie below all of them and are counted as dead
 DENSITY_EDGES = [-6 + 0.25 * i for i in range(25)]
+_LOSSES = "loss with each dictionary in the model"
 # the largest encoder output held at once, in elements: 64 MiB of fp32
 _ENCODE_ELEMENTS = 2**24
 
@@ -205,6 +206,8 @@ def _spliced_losses(
     }
     total = sum(int(batch.keep.sum()) for batch in batches)
     done = 0
+    # the first batch takes a while: the bar should stand there before it
+    report(_LOSSES, 0, total)
     for batch, with_baselines in _split_at(batches, baseline_tokens):
         tokens, keep = batch.tokens.to(model.device), batch.keep.to(model.device)
         run = clean_run(model, tokens, _sites_read(dictionaries))
@@ -230,7 +233,7 @@ def _spliced_losses(
                 part.delta_mean.add(_sum_by_block(variants[1] - ce[0], scored), n)
                 part.delta_zero.add(_sum_by_block(variants[2] - ce[0], scored), n)
         done += int(keep.sum())
-        report("loss with each dictionary in the model", done, total)
+        report(_LOSSES, done, total)
     if clean.denominator == 0:
         raise _no_text("no two tokens in a row")
     return {site: _loss_summary(clean, part) for site, part in sums.items()}
@@ -262,8 +265,8 @@ def _loss_summary(clean: _RatioSums, part: _SiteLosses) -> dict[str, Any]:
         "kl": part.kl.value,
     }
     for name, baseline in (("mean", part.delta_mean.value), ("zero", part.delta_zero.value)):
-        unknown = ce_clean is None or baseline is None
-        values[f"ce_{name}"] = None if unknown else _finite(ce_clean + baseline)
+        known = ce_clean is not None and baseline is not None
+        values[f"ce_{name}"] = _finite(ce_clean + baseline) if known else None
         lost = _ratio(delta, baseline)
         values[f"ce_recovered_{name}"] = None if lost is None else 1 - lost
     return values
