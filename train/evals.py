@@ -265,8 +265,8 @@ def _loss_summary(clean: _RatioSums, part: _SiteLosses) -> dict[str, Any]:
         "kl": part.kl.value,
     }
     for name, baseline in (("mean", part.delta_mean.value), ("zero", part.delta_zero.value)):
-        known = ce_clean is not None and baseline is not None
-        values[f"ce_{name}"] = _finite(ce_clean + baseline) if known else None
+        ablated = None if ce_clean is None or baseline is None else ce_clean + baseline
+        values[f"ce_{name}"] = None if ablated is None else _finite(ablated)
         lost = _ratio(delta, baseline)
         values[f"ce_recovered_{name}"] = None if lost is None else 1 - lost
     return values
