@@ -162,7 +162,9 @@ class ShuffleRing:
         return self._statistics
 
     def first_rows(self, site: str, count: int) -> Float[Tensor, "row d_in"]:
-        """Up to `count` rows of the first generation, evenly spaced, before it is replaced; a copy in the ring's dtype."""
+        """Up to `count` rows of the first generation, evenly spaced, before it is replaced; a copy in the
+        ring's dtype.
+        """
         if self._statistics is None or len(self._sizes) > 1:
             raise RuntimeError("first_rows is for the time between reading `statistics` and the second round")
         filled = self._sizes[0]

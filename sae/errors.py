@@ -8,10 +8,16 @@ class UserError(ValueError):
     """
 
     def __init__(self, must: str, found: str, do: str) -> None:
-        super().__init__(f"{_sentence(must)} Found: {_sentence(found)} {_sentence(do)}")
+        super().__init__(f"{_sentence(must)} Found: {_sentence(found)} {_sentence(_capital(do))}")
         self.must, self.found, self.do = must, found, do
 
 
 def _sentence(text: str) -> str:
     text = text.strip()
     return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def _capital(text: str) -> str:
+    # names of flags, fields and commands keep their case
+    word = text.split(maxsplit=1)[0] if text.split() else ""
+    return text[:1].upper() + text[1:] if word.isalpha() and word.islower() and word != "jumpscope" else text

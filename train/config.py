@@ -1,4 +1,6 @@
-"""What a training run is told: one dataclass, which is also the command line and the file in the run folder."""
+"""What a training run is told: one dataclass, which is also the command line and the file in the run
+folder.
+"""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -33,7 +35,9 @@ class TrainConfig:
     model: str = "gemma-3-270m"
     """Language model: a name of `jumpscope models`, a hub id, a transformers folder or a .gguf file."""
     corpus: str = "wiki-leads"
-    """Text: a name of `jumpscope corpora`, a .txt, .jsonl or .parquet file, or a `datasets` name (streamed)."""
+    """Text: a name of `jumpscope corpora`, a .txt, .jsonl or .parquet file, or a `datasets` name
+    (streamed).
+    """
     sites: str = "resid_post"
     """Kinds of site, with commas: resid_post, resid_mid, resid_pre, mlp_out, attn_out, attn_z."""
     layers: str = "all"
@@ -45,7 +49,9 @@ class TrainConfig:
     tokens: Count = 250_000
     """Tokens to harvest; each trains every dictionary `passes` times."""
     passes: Count = 4
-    """How often a harvested row is trained on before it leaves memory. On a CPU the model costs more than the step."""
+    """How often a harvested row is trained on before it leaves memory. On a CPU the model costs more than
+    the step.
+    """
     batch: Count = 2048
     """Rows in a training step."""
     context: Count = 256
@@ -70,6 +76,10 @@ class TrainConfig:
     """L0 at the start, in multiples of the target."""
     l0_anneal: float = 0.3
     """Share of the steps over which the L0 aimed at falls to the target."""
+    l0_gain: float = 0.02
+    """Share of the L0 missed in a step by which the aim is moved the other way; 0 leaves it to the penalty
+    alone.
+    """
     principal: int = 8
     """Strongest principal directions that get two latents of their own at the start; 0 for none."""
     beta1: float = 0.9

@@ -1,4 +1,6 @@
-"""How the learning rate and the L0 aimed at move over a run. All are functions of the share of the run that is done."""
+"""How the learning rate and the L0 aimed at move over a run. All are functions of the share of the run that
+is done.
+"""
 
 from train.config import TrainConfig
 
@@ -11,6 +13,8 @@ def lr_factor(config: TrainConfig, share: float) -> float:
 
 
 def l0_aim(config: TrainConfig, share: float) -> float:
-    """The L0 that the sparsity term aims at: linearly from `l0_start` times the target to the target over `l0_anneal`."""
+    """The L0 that the sparsity term aims at: linearly from `l0_start` times the target to the target over
+    `l0_anneal`.
+    """
     done = min(1.0, share / config.l0_anneal) if config.l0_anneal else 1.0
     return config.l0 * (config.l0_start + (1 - config.l0_start) * done)

@@ -1,4 +1,6 @@
-"""One dictionary in training: its parameters, optimiser, thresholds and counters, none of them shared with another site."""
+"""One dictionary in training: its parameters, optimiser, thresholds and counters, none of them shared with
+another site.
+"""
 
 import hashlib
 
@@ -15,7 +17,8 @@ from sae.losses import Sparsity
 from train.config import TrainConfig
 from train.schedule import l0_aim, lr_factor
 
-# pre-activations looked at to place the first thresholds: a quantile of so many is known to a few parts in a thousand
+# pre-activations looked at to place the first thresholds: a quantile of so many is known to a few parts in a
+# thousand
 _SAMPLE = 2**24
 
 
@@ -65,6 +68,7 @@ class SiteTrainer:
             fused=True,
         )
         self.silent_for: Int[Tensor, " d_sae"] = torch.zeros(config.width, dtype=torch.long, device=device)
+        self._l0_shift = torch.zeros((), device=device)
         self._window = _Window(d_in, device)
 
     def step(self, rows: Float[Tensor, "batch d_in"], share: float) -> None:
@@ -75,10 +79,10 @@ class SiteTrainer:
         x = rows.float() / self.scale
         result = sparse_step(self.weights, x, x, self._settings(share))
         if not _all_finite(result):
-            raise NonFiniteError(
-                f"{self.site}: the loss or a gradient is not finite (mean squared error {float(result.squared_error.mean())})"
-            )
+            error = float(result.squared_error.mean())
+            raise NonFiniteError(f"{self.site}: the loss or a gradient is not finite (error {error})")
         self._update(result, lr_factor(self.config, share))
+        self._steer_l0(result, share)
         self.silent_for += len(rows)
         self.silent_for[result.fired > 0] = 0
         self._window.add(result, x)
@@ -113,7 +117,7 @@ class SiteTrainer:
         return StepSettings(
             bandwidth=self.bandwidth,
             sparsity=Sparsity(kind=config.sparsity, coefficient=config.sparsity_coefficient),
-            l0_target=l0_aim(config, share),
+            l0_target=float(l0_aim(config, share) + self._l0_shift),
             product_dtype=self.product_dtype,
         )
 
@@ -132,10 +136,34 @@ class SiteTrainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         w.W_dec /= torch.linalg.vector_norm(w.W_dec, dim=1, keepdim=True)
+        self._pull_dead(factor)
         w.threshold.clamp_(min=0)
 
+    def _pull_dead(self, factor: float) -> None:
+        """Draws latents that have long been silent towards firing: bias up, threshold down, a full step each.
+
+        This is Adam's step under a pre-activation loss on dead latents alone; that loss's gradient by W_enc is
+        nearly nothing, since rows are centred. Done by hand it leaves no trace in the moments.
+        """
+        silent = self.silent_for >= self.config.dead_after // 2
+        self.weights.b_enc += self.config.lr * factor * silent
+        self.weights.threshold -= self.config.threshold_lr * factor * silent
+
+    def _steer_l0(self, result: StepResult, share: float) -> None:
+        """Moves the L0 that the sparsity term aims at until the L0 reached is the one wanted.
+
+        A penalty alone stops where its slope meets the reconstruction's, above the target by an amount that
+        differs
+        from layer to layer; an integrator takes that out.
+        """
+        wanted = l0_aim(self.config, share)
+        error = (wanted - result.l0.mean()).clamp(-wanted / 4, wanted / 4)
+        self._l0_shift = (self._l0_shift + self.config.l0_gain * error).clamp(-wanted / 2, wanted / 2)
+
     def _place_thresholds(self, centred: Float[Tensor, "row d_in"]) -> float:
-        """Puts every threshold at the level where L0 is `l0_start` times the target; returns the bandwidth."""
+        """Puts every threshold at the level where L0 is `l0_start` times the target; returns the
+        bandwidth.
+        """
         sample = centred[: max(64, _SAMPLE // self.config.width)]
         pre = encoder_product(self.weights, sample, torch.float32)
         firing = min(pre.numel(), max(1, round(self.config.l0_start * self.config.l0 * len(sample))))
@@ -144,7 +172,9 @@ class SiteTrainer:
 
 
 class _Window:
-    """Sums of a site's figures between two logging steps, kept on the device so that a step never waits for them."""
+    """Sums of a site's figures between two logging steps, kept on the device so that a step never waits for
+    them.
+    """
 
     def __init__(self, d_out: int, device: torch.device) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -174,10 +204,13 @@ class _Window:
 def _first_directions(
     centred: Float[Tensor, "row d_in"], width: int, principal: int, generator: torch.Generator
 ) -> Float[Tensor, "width d_in"]:
-    """Random unit rows, but for the strongest principal directions, which get two latents each and are taken out of the rest.
+    """Random unit rows, but for the strongest principal directions, which get two latents each and are taken
+    out of the rest.
 
-    A few directions (massive activations) can hold most of the variance. Random rows would all feel them, all learn them
-    at once, overshoot, and half of them would die of the correction. Latents of their own carry them from the start.
+    A few directions (massive activations) can hold most of the variance. Random rows would all feel them,
+    all learn them
+    at once, overshoot, and half of them would die of the correction. Latents of their own carry them from
+    the start.
     """
     device, d_in = centred.device, centred.shape[1]
     rows = torch.randn(width, d_in, generator=generator).to(device)

@@ -1,7 +1,10 @@
-"""The training run: rows in, one dictionary per site out. The loop is `_train`; the rest prepares and keeps."""
+"""The training run: rows in, one dictionary per site out. The loop is `_train`; the rest prepares and
+keeps.
+"""
 
 import contextlib
 import dataclasses
+import logging
 import signal
 import statistics
 import time
@@ -12,7 +15,7 @@ import torch
 
 import sae
 from activations.blocks import TokenBlocks, iter_blocks
-from activations.corpora import load_corpus
+from activations.corpora import Corpus, load_corpus
 from activations.harvest import RowBatch, harvest_rows
 from activations.models import LanguageModel, load_model
 from activations.precision import pick_device
@@ -23,11 +26,14 @@ from activations.store import open_store
 from sae.errors import UserError
 from sae.files import make_folder
 from sae.jumprelu import DictionaryConfig
+from sae.numbers import format_count
 from train.config import TrainConfig
 from train.mirror import Mirror, check_wandb
 from train.plan import fixed_costs, plan_ring_rows
 from train.run_folder import RunFolder, refuse_occupied
 from train.site_trainer import SiteTrainer
+
+_log = logging.getLogger(__name__)
 
 # rows of the first generation that each site's first weights are placed by
 _FIRST_ROWS = 8192
@@ -125,16 +131,7 @@ def _live_rows(config: TrainConfig, model: LanguageModel | None, on_progress: Re
     model.check_sites(sites)
     widths = {site: model.site_width(site) for site in sites}
     fixed = sum(fixed_costs(config, shape, widths, model.dtype).values())
-    blocks: Iterator[TokenBlocks] = iter_blocks(
-        model,
-        corpus,
-        split="train",
-        context=config.context,
-        blocks_per_batch=config.model_batch,
-        seed=config.seed,
-        max_tokens=config.tokens,
-        epochs=None,
-    )
+    blocks = _training_blocks(config, model, corpus)
     ring = ShuffleRing(
         _watched(harvest_rows(model, blocks, sites), config.tokens, on_progress),
         widths,
@@ -146,6 +143,36 @@ def _live_rows(config: TrainConfig, model: LanguageModel | None, on_progress: Re
         device=model.device,
     )
     return _Rows(ring=ring, total=config.tokens * config.passes, model=model.name, device=model.device)
+
+
+def _training_blocks(config: TrainConfig, model: LanguageModel, corpus: Corpus) -> Iterator[TokenBlocks]:
+    """Blocks with `config.tokens` tokens in all; a shorter corpus is read again, in another order."""
+
+    def blocks(tokens: int, seed: int, epochs: int | None) -> Iterator[TokenBlocks]:
+        return iter_blocks(
+            model,
+            corpus,
+            split="train",
+            context=config.context,
+            blocks_per_batch=config.model_batch,
+            seed=seed,
+            max_tokens=tokens,
+            epochs=epochs,
+        )
+
+    found = 0
+    for block in blocks(config.tokens, config.seed, 1):
+        found += int(block.keep.sum())
+        yield block
+    # less than a batch is the ring's to refuse: going round would only hide it
+    if config.batch <= found < config.tokens:
+        _log.warning(
+            "%s has %s training tokens, fewer than the %s asked for: it is read again",
+            corpus.name,
+            format_count(found),
+            format_count(config.tokens),
+        )
+        yield from blocks(config.tokens - found, config.seed + 1, None)
 
 
 def _watched(source: Iterator[RowBatch], total: int, on_progress: Report) -> Iterator[RowBatch]:

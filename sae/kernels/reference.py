@@ -2,7 +2,8 @@
 
 With rect(u) = [|u| < 1/2] and eps the bandwidth (arXiv 2407.14435, eqs. 11 and 12):
 
-    d acts / d pre := [pre > threshold]        d acts / d threshold := -(threshold / eps) rect((pre - threshold) / eps)
+    d acts / d pre := [pre > threshold]        d acts / d threshold := -(threshold / eps) rect((pre -
+    threshold) / eps)
     d [pre > threshold] / d threshold := -(1 / eps) rect((pre - threshold) / eps), and 0 to pre
 """
 
@@ -54,13 +55,15 @@ def reference_step(
     y: Float[Tensor, "batch d_out"],
     settings: StepSettings,
 ) -> StepResult:
-    """Loss = mean_b ||reconstruction_b - y_b||^2 + sparsity, differentiated by autograd in the weights' dtype."""
+    """Loss = mean_b ||reconstruction_b - y_b||^2 + sparsity, differentiated by autograd.
+
+    Everything, the encoder's product too, is in the weights' own dtype: `settings.product_dtype` is not read.
+    """
     leaves = {
         f.name: getattr(weights, f.name).detach().requires_grad_(True) for f in dataclasses.fields(weights)
     }
-    low = settings.product_dtype if settings.product_dtype != torch.float32 else x.dtype
     centred = x - leaves["b_in"]
-    pre = (centred.to(low) @ leaves["W_enc_t"].to(low).T).to(x.dtype) + leaves["b_enc"]
+    pre = centred @ leaves["W_enc_t"].T + leaves["b_enc"]
     acts = _JumpReLU.apply(pre, leaves["threshold"], settings.bandwidth)
     gate = _Gate.apply(pre, leaves["threshold"], settings.bandwidth)
     squared_error = ((acts @ leaves["W_dec"] + leaves["b_dec"] - y) ** 2).sum(1)

@@ -1,19 +1,22 @@
 """The training step with explicit gradients: dense only in the encoder's product, sparse in all that follows.
 
-With g_b = 2 (reconstruction_b - y_b) / B, s_bi = <W_dec[i], g_b>, A = {pre > threshold}, W = {|pre - threshold| < eps/2}
+With g_b = 2 (reconstruction_b - y_b) / B, s_bi = <W_dec[i], g_b>, A = {pre > threshold}, W = {|pre -
+threshold| < eps/2}
 and gamma_bi the sparsity term's derivative by the gate:
 
     dW_dec[i] = sum_A acts_bi g_b        dpre_bi = [A] s_bi            dW_enc[i] = sum_b dpre_bi (x_b - b_in)
     db_enc[i] = sum_b dpre_bi            db_dec = sum_b g_b            db_in = -sum_i db_enc[i] W_enc[i]
     dthreshold_i = -(1/eps) sum_W (threshold_i s_bi + gamma_bi)
 
-Only pairs in A or W matter, and A or W together are {pre > threshold - eps/2}: the candidates. A row's candidates are a bag,
+Only pairs in A or W matter, and A or W together are {pre > threshold - eps/2}: the candidates. A row's
+candidates are a bag,
 so the sums are torch's embedding_bag, once by rows and once by latents.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int, Shaped
 from torch import Tensor
 
 from sae.kernels.step import StepResult, StepSettings, StepWeights
@@ -35,33 +38,33 @@ def sparse_step(
     active = value > threshold
     acts = value * active
 
-    by_row = _offsets(row, batch)
+    by_row = _bounds(row, batch)
     acts_leaf = acts.requires_grad_(True)
-    decoded = F.embedding_bag(latent, weights.W_dec, by_row, mode="sum", per_sample_weights=acts_leaf)
+    decoded = F.embedding_bag(latent, weights.W_dec, by_row[:-1], mode="sum", per_sample_weights=acts_leaf)
     error = decoded.detach() + weights.b_dec - y
     g = error * (2 / batch)
     (s,) = torch.autograd.grad(decoded, acts_leaf, g)
     acts = acts.detach()
-    d_pre = s * active
 
-    l0 = torch.bincount(row, active, batch).to(x.dtype)
-    fired = torch.bincount(latent, active, d_sae)
+    order = _stable_order(latent, d_sae)
+    rows, by_latent = row[order], _bounds(latent[order], d_sae)
+    l0 = _segment_sum(active, by_row).to(x.dtype)
+    fired = _segment_sum(active[order], by_latent)
     rate = (fired / batch).to(x.dtype)
     gate_rows, gate_latents = sparsity_gradient(settings.sparsity, l0, rate, settings.l0_target)
     # strict on both sides, as the reference has it
     in_window = (value - threshold).abs() < settings.bandwidth / 2
     d_gate = in_window * (threshold * s + gate_rows[row] + gate_latents[latent])
 
-    order = torch.argsort(latent, stable=True)
-    rows, by_latent = row[order], _offsets(latent, d_sae)
-    d_b_enc = torch.bincount(latent, d_pre, d_sae).to(x.dtype)
+    d_pre = (s * active)[order]
+    d_b_enc = _segment_sum(d_pre, by_latent).to(x.dtype)
     return StepResult(
-        W_enc_t=_bag_sum(rows, centred, by_latent, d_pre[order]),
+        W_enc_t=_bag_sum(rows, centred, by_latent, d_pre),
         b_enc=d_b_enc,
         W_dec=_bag_sum(rows, g, by_latent, acts[order]),
         b_in=-(d_b_enc @ weights.W_enc_t),
         b_dec=g.sum(0),
-        threshold=(-torch.bincount(latent, d_gate, d_sae) / settings.bandwidth).to(x.dtype),
+        threshold=(_segment_sum(d_gate[order], by_latent) / -settings.bandwidth).to(x.dtype),
         squared_error=(error**2).sum(1),
         l0=l0,
         fired=fired.long(),
@@ -82,22 +85,36 @@ def _candidates(
     pre: Float[Tensor, "batch d_sae"], bound: Float[Tensor, " d_sae"]
 ) -> tuple[Int[Tensor, " pair"], Int[Tensor, " pair"], Float[Tensor, " pair"]]:
     """Row, latent and value of every pre-activation above its latent's bound, in row order."""
-    mask = pre > bound
-    row, latent = mask.nonzero(as_tuple=True)
-    return row, latent, pre[row, latent]
+    flat = (pre > bound).view(-1).nonzero().squeeze(1)
+    return flat // pre.shape[1], flat % pre.shape[1], pre.view(-1)[flat]
 
 
-def _offsets(bag: Int[Tensor, " pair"], bags: int) -> Int[Tensor, " bags"]:
-    """Where each bag begins in a list sorted by bag."""
-    counts = torch.bincount(bag, minlength=bags)
-    return counts.cumsum(0) - counts
+def _bounds(sorted_keys: Int[Tensor, " pair"], n_keys: int) -> Int[Tensor, " bound"]:
+    """Where each key's pairs begin in a sorted list, and the list's length."""
+    return torch.searchsorted(sorted_keys, torch.arange(n_keys + 1, device=sorted_keys.device))
+
+
+def _segment_sum(
+    values: Shaped[Tensor, " pair"], bounds: Int[Tensor, " bound"]
+) -> Float64[Tensor, " key"]:
+    """Sums between bounds, as differences of one running sum in float64."""
+    running = F.pad(values.double().cumsum(0), (1, 0))[bounds]
+    return running[1:] - running[:-1]
+
+
+def _stable_order(latent: Int[Tensor, " pair"], d_sae: int) -> Int[Tensor, " pair"]:
+    """The order that sorts pairs by latent and keeps rows in order within each."""
+    if latent.device.type == "cpu" and d_sae <= 2**16:
+        # numpy sorts 16-bit numbers by radix, many times faster than torch sorts any
+        return torch.from_numpy(np.argsort(latent.numpy().astype(np.uint16), kind="stable"))
+    return torch.argsort(latent, stable=True)
 
 
 def _bag_sum(
     index: Int[Tensor, " pair"],
     table: Float[Tensor, "row width"],
-    offsets: Int[Tensor, " bags"],
+    bounds: Int[Tensor, " bound"],
     weight: Float[Tensor, " pair"],
-) -> Float[Tensor, "bags width"]:
-    """sum over each bag's pairs of weight * table[index]; an empty bag gives zeros."""
-    return F.embedding_bag(index, table, offsets, mode="sum", per_sample_weights=weight)
+) -> Float[Tensor, "key width"]:
+    """sum over each key's pairs of weight * table[index]; a key without pairs gives zeros."""
+    return F.embedding_bag(index, table, bounds[:-1], mode="sum", per_sample_weights=weight)
