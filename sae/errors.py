@@ -1,6 +1,9 @@
 """The one error that a user can cause."""
 
 
+_COMMANDS = ("jumpscope", "pip", "wandb")
+
+
 class UserError(ValueError):
     """Something the user can put right: what must hold, what was found, what to do.
 
@@ -19,5 +22,6 @@ def _sentence(text: str) -> str:
 
 def _capital(text: str) -> str:
     # names of flags, fields and commands keep their case
-    word = text.split(maxsplit=1)[0] if text.split() else ""
-    return text[:1].upper() + text[1:] if word.isalpha() and word.islower() and word != "jumpscope" else text
+    word = text.partition(" ")[0]
+    plain = word.isalpha() and word.islower() and word not in _COMMANDS
+    return text[:1].upper() + text[1:] if plain else text

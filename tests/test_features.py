@@ -24,7 +24,7 @@ def test_a_run_finds_its_sites_by_name_and_by_layer(run):
     assert site.name == SITES[1] == run.layer(1, "resid_post").name and len(site) == D_SAE
     with pytest.raises(UserError, match="0 sites for layer 7"):
         run.layer(7)
-    with pytest.raises(UserError, match="choose from"):
+    with pytest.raises(UserError, match="Choose from"):
         run.site("blocks.0.hook_mlp_out")
     for latent in (-1, D_SAE):
         with pytest.raises(UserError, match=f"0 to {D_SAE - 1}"):

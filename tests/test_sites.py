@@ -63,9 +63,9 @@ def test_names_and_kinds_are_inverse() -> None:
 
 
 def test_unknown_kind_names_the_nearest() -> None:
-    with pytest.raises(UserError, match="did you mean resid_post"):
+    with pytest.raises(UserError, match="Did you mean resid_post"):
         expand_sites("resid_pots", "all", 18)
-    with pytest.raises(UserError, match=r"did you mean blocks\.3\.hook_resid_post"):
+    with pytest.raises(UserError, match=r"Did you mean blocks\.3\.hook_resid_post"):
         layer_of("blocks.3.resid_post")
 
 
