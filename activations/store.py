@@ -53,9 +53,7 @@ def check_new(folder: Path | str) -> None:
             "give another --out, or delete it",
         )
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError(
-            "a new store needs an empty folder", f"other files at {folder}", "give another --out"
-        )
+        raise UserError("a new store needs an empty folder", f"other files at {folder}", "give another --out")
     if _partial(folder).exists():
         raise UserError(
             "a store is written under a temporary name that must be free",

@@ -1,6 +1,5 @@
 """The one error that a user can cause."""
 
-
 _COMMANDS = ("jumpscope", "pip", "wandb")
 
 
