@@ -34,7 +34,7 @@ def sparse_step(
     centred = x - weights.b_in
     pre = encoder_product(weights, centred, settings.product_dtype)
     row, latent, value = _candidates(pre, weights.threshold - settings.bandwidth / 2)
-    threshold = weights.threshold[latent]
+    threshold = weights.threshold.index_select(0, latent)
     active = value > threshold
     acts = value * active
 
@@ -54,7 +54,9 @@ def sparse_step(
     gate_rows, gate_latents = sparsity_gradient(settings.sparsity, l0, rate, settings.l0_target)
     # strict on both sides, as the reference has it
     in_window = (value - threshold).abs() < settings.bandwidth / 2
-    d_gate = in_window * (threshold * s + gate_rows[row] + gate_latents[latent])
+    d_gate = in_window * (
+        threshold * s + gate_rows.index_select(0, row) + gate_latents.index_select(0, latent)
+    )
 
     d_pre = (s * active)[order]
     d_b_enc = _segment_sum(d_pre, by_latent).to(x.dtype)
@@ -94,9 +96,7 @@ def _bounds(sorted_keys: Int[Tensor, " pair"], n_keys: int) -> Int[Tensor, " bou
     return torch.searchsorted(sorted_keys, torch.arange(n_keys + 1, device=sorted_keys.device))
 
 
-def _segment_sum(
-    values: Shaped[Tensor, " pair"], bounds: Int[Tensor, " bound"]
-) -> Float64[Tensor, " key"]:
+def _segment_sum(values: Shaped[Tensor, " pair"], bounds: Int[Tensor, " bound"]) -> Float64[Tensor, " key"]:
     """Sums between bounds, as differences of one running sum in float64."""
     running = F.pad(values.double().cumsum(0), (1, 0))[bounds]
     return running[1:] - running[:-1]

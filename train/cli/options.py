@@ -139,7 +139,7 @@ class DemoOptions:
     """Latents in each dictionary."""
     l0: float = 40.0
     """Target L0: latents firing on a token, on average."""
-    tokens: Count = 250_000
+    tokens: Count = 200_000
     """Tokens to harvest; each trains every dictionary `passes` times."""
     passes: Count = 4
     """How often a harvested row is trained on before it leaves memory."""
@@ -159,7 +159,7 @@ class DemoOptions:
     """Held-out tokens for L0, FVU and dead latents."""
     loss_tokens: Count = 2_048
     """Tokens, of these, for the loss with each dictionary in the model."""
-    index_tokens: Count = 50_000
+    index_tokens: Count = 32_768
     """Held-out tokens to read for the feature index."""
     out: str = ""
     """Run folder to create. Empty: runs/demo, which is opened again once it is finished."""
