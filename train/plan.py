@@ -19,7 +19,6 @@ from train.config import TrainConfig
 
 # resident size of the process once torch, transformers and a model's code are loaded, less the weights: 0.7
 # GiB measured
-_PROCESS = "Python, torch, ..."
 _PROCESS_BYTES = 800 * 2**20
 _FP32 = 4
 # a forward pass reaches about this share of the speed of one large matrix product (measured on Gemma 3 270M)
@@ -85,14 +84,11 @@ def make_plan(
         site: shape.widths[kind_of(site)]
         for site in expand_sites(config.sites, config.layers, shape.n_layers)
     }
-    fixed = fixed_costs(config, shape, sites, dtype)
     on_gpu = device.type != "cpu"
-    process = fixed.pop(_PROCESS)
-    rows = plan_ring_rows(config, sites, dtype, sum(fixed.values()) + (0 if on_gpu else process))
+    fixed = fixed_costs(config, shape, sites, dtype, on_gpu=on_gpu)
+    rows = plan_ring_rows(config, sites, dtype, sum(fixed.values()))
     ring = ring_bytes(sites, dtype=dtype, rows=rows, batch=config.batch, passes=config.passes)
     memory = {**fixed, f"ring, {rows:,} rows": ring}
-    if not on_gpu:
-        memory[_PROCESS] = process
     flops = _measured_flops(device, dtype)
     plan = Plan(
         sites=sites,
@@ -101,7 +97,7 @@ def make_plan(
         steps=config.steps,
         ring_rows=rows,
         memory=memory,
-        host_memory=process if on_gpu else 0,
+        host_memory=_PROCESS_BYTES if on_gpu else 0,
         disk=_disk(config, sites, index=index_tokens > 0),
         seconds=_seconds(config, shape, sites, flops, eval_tokens, loss_tokens, index_tokens),
         flops=flops,
@@ -111,20 +107,20 @@ def make_plan(
 
 
 def fixed_costs(
-    config: TrainConfig, shape: ModelShape, sites: Mapping[str, int], dtype: torch.dtype
+    config: TrainConfig, shape: ModelShape, sites: Mapping[str, int], dtype: torch.dtype, *, on_gpu: bool
 ) -> dict[str, int]:
-    """Bytes that a run takes whatever the size of its ring, by item."""
+    """Bytes that a run takes on the device that computes, whatever the size of its ring, by item."""
     parameters = [dictionary_parameters(config.width, d_in) for d_in in sites.values()]
     tokens = config.model_batch * config.context
     # rows of every site beside the stream, and the widest layer's intermediate products in fp32
     forward = tokens * (2 * sum(sites.values()) * dtype.itemsize + 24 * shape.d_model * _FP32)
-    return {
+    costs = {
         "language model": (shape.body_params + shape.d_vocab * shape.d_model) * dtype.itemsize,
         "forward pass": forward,
         f"{len(sites)} dictionaries, Adam": 3 * _FP32 * sum(parameters),
         "gradients, step": _FP32 * (2 * max(parameters) + 4 * config.batch * config.width),
-        _PROCESS: _PROCESS_BYTES,
     }
+    return costs if on_gpu else {**costs, "Python, torch, ...": _PROCESS_BYTES}
 
 
 def plan_ring_rows(config: TrainConfig, sites: Mapping[str, int], dtype: torch.dtype, fixed: int) -> int:
@@ -186,7 +182,9 @@ def _seconds(
         variants = 1 + 1.5 * len(sites)
         items["evaluate"] = eval_tokens * (body + 2 * encode) + loss_tokens * variants * (body / 2 + unembed)
     if index_tokens:
-        items["index"] = index_tokens * (body + 2 * encode)
+        # top and bottom logits: every latent's direction through the unembedding
+        logits = len(sites) * config.width * unembed
+        items["index"] = index_tokens * (body + 2 * encode) + logits
     return items
 
 

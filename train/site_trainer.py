@@ -77,7 +77,7 @@ class SiteTrainer:
         Raises NonFiniteError before the update when the loss or a gradient is not finite.
         """
         x = rows.float() / self.scale
-        result = sparse_step(self.weights, x, x, self._settings(share))
+        result = sparse_step(self.weights, x, x, self.settings(share))
         if not _all_finite(result):
             error = float(result.squared_error.mean())
             raise NonFiniteError(f"{self.site}: the loss or a gradient is not finite (error {error})")
@@ -112,7 +112,8 @@ class SiteTrainer:
         dictionary.load_state_dict({name: tensor.detach().cpu() for name, tensor in folded.items()})
         return dictionary.requires_grad_(False)
 
-    def _settings(self, share: float) -> StepSettings:
+    def settings(self, share: float) -> StepSettings:
+        """What a step aims at when `share` of the run is done."""
         config = self.config
         return StepSettings(
             bandwidth=self.bandwidth,
@@ -142,7 +143,8 @@ class SiteTrainer:
     def _pull_dead(self, factor: float) -> None:
         """Draws latents that have long been silent towards firing: bias up, threshold down, a full step each.
 
-        This is Adam's step under a pre-activation loss on dead latents alone; that loss's gradient by W_enc is
+        This is Adam's step under a pre-activation loss on dead latents alone; that loss's gradient by W_enc
+        is
         nearly nothing, since rows are centred. Done by hand it leaves no trace in the moments.
         """
         silent = self.silent_for >= self.config.dead_after // 2

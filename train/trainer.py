@@ -130,7 +130,7 @@ def _live_rows(config: TrainConfig, model: LanguageModel | None, on_progress: Re
     model = model or load_model(config.model, dtype=config.dtype, device=config.device)
     model.check_sites(sites)
     widths = {site: model.site_width(site) for site in sites}
-    fixed = sum(fixed_costs(config, shape, widths, model.dtype).values())
+    fixed = sum(fixed_costs(config, shape, widths, model.dtype, on_gpu=model.device.type != "cpu").values())
     blocks = _training_blocks(config, model, corpus)
     ring = ShuffleRing(
         _watched(harvest_rows(model, blocks, sites), config.tokens, on_progress),

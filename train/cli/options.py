@@ -139,7 +139,7 @@ class DemoOptions:
     """Latents in each dictionary."""
     l0: float = 40.0
     """Target L0: latents firing on a token, on average."""
-    tokens: Count = 200_000
+    tokens: Count = 160_000
     """Tokens to harvest; each trains every dictionary `passes` times."""
     passes: Count = 4
     """How often a harvested row is trained on before it leaves memory."""

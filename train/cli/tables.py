@@ -23,7 +23,8 @@ def eval_summary(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
         ">CE rec.\nmean",
         ">CE rec.\nzero",
         ">KL",
-        ">dead",
+        ">dead in\ntraining",
+        ">silent\nhere",
     )
     for site, row in metrics.items():
         names = [str(layer_of(site))] + ([] if len(kinds) == 1 else [kind_of(site)])
@@ -37,6 +38,7 @@ def eval_summary(metrics: Mapping[str, Mapping[str, Any]]) -> Table:
             figure(row["ce_recovered_mean"]),
             figure(row["ce_recovered_zero"]),
             figure(row["kl"]),
+            "-" if row.get("dead_training") is None else f"{100 * row['dead_training']:.1f} %",
             f"{100 * row['dead']:.1f} %",
         )
     return made
@@ -46,7 +48,8 @@ def eval_caption(metrics: Mapping[str, Mapping[str, Any]]) -> str:
     """What the numbers of `eval_summary` were measured on, in a line."""
     row = next(iter(metrics.values()))
     return (
-        f"L0, FVU and dead over {row['n_tokens']:,} held-out tokens; losses in nats per token over "
+        f"L0, FVU and silent latents over {row['n_tokens']:,} held-out tokens; dead in training means "
+        "silent for its last 100,000 tokens; losses in nats per token over "
         f"{row['n_loss_tokens']:,} of them (clean {figure(row['ce_clean'])}), ± one standard error; "
         "CE recovered is 1 - delta CE / what mean or zero ablation adds, "
         f"found on {row['n_baseline_tokens']:,}."

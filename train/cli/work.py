@@ -140,7 +140,11 @@ def measure(loaded: LoadedRun, options: EvalOptions) -> dict[str, dict[str, Any]
             progress=report,
         )
     corpus = options.corpus or loaded.config.corpus
-    found = {site: {**row, "corpus": corpus} for site, row in metrics.items()}
+    trained = loaded.folder.metrics()
+    dead = {} if trained.empty else trained.groupby("site")["dead"].last().to_dict()
+    found = {
+        site: {**row, "corpus": corpus, "dead_training": dead.get(site)} for site, row in metrics.items()
+    }
     merged = loaded.folder.eval_table() | found
     loaded.folder.write_eval({site: merged[site] for site in loaded.folder.sites() if site in merged})
     return found
