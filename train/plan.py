@@ -23,8 +23,10 @@ _PROCESS_BYTES = 800 * 2**20
 _FP32 = 4
 # a forward pass reaches about this share of the speed of one large matrix product (measured on Gemma 3 270M)
 _FORWARD_EFFICIENCY = 0.6
-# a training step takes about this many times its encoder product, for the sparse rest and Adam (measured)
-_STEP_PER_PRODUCT = 3.5
+# a training step takes about twice its encoder product and, for each latent firing and each coordinate of a
+# row, the time of so many of the product's operations (fitted at widths 2,048 and 16,384 on two cores)
+_STEP_PER_PRODUCT = 2.0
+_STEP_PER_PAIR = 240.0
 # bytes of the feature index per latent: examples with their context, compressed
 _INDEX_BYTES_PER_LATENT = 6_000
 
@@ -173,9 +175,10 @@ def _seconds(
     body = 2 * shape.body_params / (_FORWARD_EFFICIENCY * flops)
     unembed = 2 * shape.d_model * shape.d_vocab / (_FORWARD_EFFICIENCY * flops)
     encode = sum(2 * d_in * config.width for d_in in sites.values()) / flops
+    pairs = _STEP_PER_PAIR * config.l0 * sum(sites.values()) / flops
     items = {
         "harvest": 0.0 if config.store else config.tokens * body,
-        "train": config.steps * config.batch * encode * _STEP_PER_PRODUCT,
+        "train": config.steps * config.batch * (encode * _STEP_PER_PRODUCT + pairs),
     }
     if eval_tokens or loss_tokens:
         # a splice runs half the layers on average; baselines add two variants on a quarter of the tokens
