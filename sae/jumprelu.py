@@ -1,18 +1,17 @@
 """The JumpReLU dictionary: raw activations in, sparse latents, raw activations out."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sae.config import Config
 from sae.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DictionaryConfig:
+class DictionaryConfig(Config):
     """What a dictionary is and where it belongs."""
 
     d_in: int
@@ -50,22 +49,6 @@ class DictionaryConfig:
             object.__setattr__(self, "site_out", self.site_in)
         if self.architecture != "jumprelu":
             raise UserError("the architecture must be jumprelu", repr(self.architecture), "choose jumprelu")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "DictionaryConfig":
-        """The inverse of `to_dict`. Raises UserError for a key it does not know."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UserError(
-                "a dictionary's config must hold known keys only",
-                f"unknown {unknown}",
-                f"known keys: {sorted(known)}",
-            )
-        return cls(**values)
 
 
 class JumpReLU(nn.Module):

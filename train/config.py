@@ -3,11 +3,12 @@ folder.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable
+from typing import Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
+from sae.config import Config
 from sae.errors import UserError
 from sae.losses import SparsityKind
 from sae.numbers import parse_count, parse_size, parse_width
@@ -29,7 +30,7 @@ Size = Annotated[int, _number(parse_size, "SIZE")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Config):
     """Train one JumpReLU dictionary for each site of a language model, all from the same forward passes."""
 
     model: str = "gemma-3-270m"
@@ -168,22 +169,6 @@ class TrainConfig:
     def steps(self) -> int:
         """Training steps, if the corpus holds `tokens` tokens."""
         return self.tokens * self.passes // self.batch
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
-        """The inverse of `to_dict`. Raises UserError for a key it does not know."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise UserError(
-                "a training config must hold known keys only",
-                f"unknown {unknown}",
-                f"known keys: {', '.join(sorted(known))}",
-            )
-        return cls(**values)
 
 
 def _flag(name: str) -> str:

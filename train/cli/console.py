@@ -32,7 +32,12 @@ def table(*columns: str, title: str | None = None) -> Table:
     for column in columns:
         right = column.startswith(">")
         made.add_column(
-            column.removeprefix(">"), justify="right" if right else "left", overflow="fold", no_wrap=right
+            column.removeprefix(">"),
+            justify="right" if right else "left",
+            overflow="fold",
+            no_wrap=right,
+            # numbers do not give way, and a narrow terminal must not squeeze names to nothing
+            min_width=None if right else 8,
         )
     return made
 
