@@ -48,7 +48,8 @@ def check_wandb(mode: str) -> None:
         return
     import wandb
 
-    if not wandb.api.api_key:
+    # with a key this only reads it; the network is first asked by init
+    if not wandb.login(prompt=False):
         raise UserError(
             "--wandb online needs a Weights & Biases key",
             "none in WANDB_API_KEY or from `wandb login`",

@@ -3,6 +3,7 @@
 from train.cli.console import say
 from train.cli.options import ViewOptions
 from train.cli.parsing import parse
+from train.run_folder import RunFolder
 from viewer.launch import launch
 
 
@@ -16,5 +17,6 @@ def run(argv: list[str]) -> None:
 
 def serve(options: ViewOptions) -> None:
     """Says where the viewer is, and runs it."""
+    RunFolder.open(options.run)  # refuses before anything is said
     say(f"The viewer of {options.run}: http://localhost:{options.port} (Ctrl-C ends it)")
     launch(options.run, port=options.port, headless=options.headless)
