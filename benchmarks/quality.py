@@ -5,6 +5,7 @@ The defaults are the comparison that the project's bar was set by: Gemma 3 270M,
 L0 50, 268k distinct tokens of Wikipedia leads seen four times in batches of 2,048. The last line is JSON.
 
     python benchmarks/quality.py [--layers 9] [--width 4k] [--l0 50] [--context 256] [--seed 0]
+    python benchmarks/quality.py --principal 0 --l0-gain 0 --dead-after 1B     # without what this recipe adds
 """
 
 import argparse
@@ -35,6 +36,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--principal", type=int, default=8)
+    parser.add_argument("--l0-gain", type=float, default=0.02)
+    parser.add_argument("--dead-after", type=parse_count, default=100_000)
     parser.add_argument("--eval-tokens", type=parse_count, default=26_000)
     parser.add_argument("--loss-tokens", type=parse_count, default=4096)
     return parser.parse_args()
