@@ -21,7 +21,7 @@ from activations.models import LanguageModel, load_model
 from activations.precision import pick_device
 from activations.ring import ShuffleRing
 from activations.shapes import model_shape
-from activations.sites import expand_sites
+from activations.sites import expand_sites, layer_of
 from activations.store import open_store
 from sae.errors import UserError
 from sae.files import make_folder
@@ -186,7 +186,7 @@ def _watched(source: Iterator[RowBatch], total: int, on_progress: Report) -> Ite
 def _stored_rows(config: TrainConfig) -> _Rows:
     store = open_store(config.store)
     device = pick_device(config.device)
-    layers = 1 + max(int(site.split(".")[1]) for site in store.sites)
+    layers = 1 + max(map(layer_of, store.sites))
     wanted = set(expand_sites(config.sites, config.layers, layers))
     sites = [site for site in store.sites if site in wanted]
     if not sites:
