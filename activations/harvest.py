@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
@@ -74,7 +75,10 @@ def _rows(
     acts = model.activations(tokens.to(model.device, torch.long), sites)
     index = kept.to(model.device)
     # one copy, made here, so that each forward pass's tensors can go as soon as their rows are out
-    rows = {site: acts.pop(site).flatten(0, 1).index_select(0, index) for site in sites}
+    rows = {
+        site: rearrange(acts.pop(site), "block pos d_in -> (block pos) d_in").index_select(0, index)
+        for site in sites
+    }
     check_finite(rows)
     return rows
 

@@ -13,9 +13,7 @@ _LAYOUT_VERSION = "6.0.0"
 
 
 def save(dictionary: JumpReLU, path: Path | str) -> None:
-    """Writes a dictionary's folder. Each file is whole or absent; the config comes last and vouches for the
-    weights.
-    """
+    """Writes a dictionary's folder: each file whole or absent, the config last."""
     folder = make_folder(path)
     save_tensors(folder / WEIGHTS, dictionary.state_dict(), {"format": "jumpscope"})
     write_json(folder / CONFIG, _to_saelens(dictionary))

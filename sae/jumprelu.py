@@ -56,8 +56,7 @@ class JumpReLU(nn.Module):
 
         pre = x W_enc + b_enc;  acts = pre * [pre > threshold];  reconstruction = acts W_dec + b_dec
 
-    W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out], threshold [d_sae], all fp32 by
-    default.
+    W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out], threshold [d_sae].
     The gate is strict. Activations go in and come out in the model's own units.
     """
 

@@ -52,9 +52,7 @@ class Sparsity:
 def sparsity_value(
     term: Sparsity, l0: Float[Tensor, " batch"], rate: Float[Tensor, " d_sae"], target: float
 ) -> Float[Tensor, ""]:
-    """The term's value. `l0` counts each row's firing latents; `rate` is each latent's firing rate in the
-    batch.
-    """
+    """The term's value, from each row's count of firing latents and each latent's rate in the batch."""
     if term.kind == "quadratic":
         return term.coefficient * (l0.mean() / target - 1) ** 2
     if term.kind == "quadratic_token":

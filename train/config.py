@@ -78,9 +78,7 @@ class TrainConfig(Config):
     l0_anneal: float = 0.3
     """Share of the steps over which the L0 aimed at falls to the target."""
     l0_gain: float = 0.02
-    """Share of the L0 missed in a step by which the aim is moved the other way; 0 leaves it to the penalty
-    alone.
-    """
+    """Share of the L0 missed in a step by which the aim moves the other way; 0: the penalty alone."""
     principal: int = 8
     """Strongest principal directions that get two latents of their own at the start; 0 for none."""
     beta1: float = 0.9

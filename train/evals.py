@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -244,9 +245,9 @@ def _replacements(
 ) -> Iterator[Float[Tensor, "block pos d_out"]]:
     """What is put in at the site: the reconstruction, then mean and zero when baselines are wanted."""
     stream = run.acts[dictionary.cfg.site_in].to(dictionary.W_enc.device)
-    rows = stream.flatten(0, 1)
+    rows = rearrange(stream, "block pos d_in -> (block pos) d_in")
     parts = [dictionary(rows[part]) for part in _row_slices(len(rows), dictionary.cfg.d_sae)]
-    reconstruction = torch.cat(parts).unflatten(0, stream.shape[:2])
+    reconstruction = rearrange(torch.cat(parts), "(block pos) d_out -> block pos d_out", pos=stream.shape[1])
     yield reconstruction
     if with_baselines:
         yield mean.to(reconstruction).expand_as(reconstruction)

@@ -76,9 +76,7 @@ class RunFolder:
         return dict(self._record["config"])
 
     def record(self) -> dict[str, Any]:
-        """Everything run.json holds: config, sites, device, state, versions, git commit and the run's
-        totals.
-        """
+        """All of run.json: config, sites, device, state, versions, git commit and the run's totals."""
         return dict(self._record)
 
     def sites(self) -> list[str]:
@@ -108,9 +106,7 @@ class RunFolder:
             file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
 
     def metrics(self) -> pd.DataFrame:
-        """metrics.jsonl as a table, a row per logging step and site. A last line cut short by a kill is left
-        out.
-        """
+        """metrics.jsonl, a row per logging step and site; a last line cut short by a kill is left out."""
         path = self.path / METRICS
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
         rows = []

@@ -144,8 +144,7 @@ class SiteTrainer:
         """Draws latents that have long been silent towards firing: bias up, threshold down, a full step each.
 
         This is Adam's step under a pre-activation loss on dead latents alone; that loss's gradient by W_enc
-        is
-        nearly nothing, since rows are centred. Done by hand it leaves no trace in the moments.
+        is nearly nothing, since rows are centred. Done by hand it leaves no trace in the moments.
         """
         silent = self.silent_for >= self.config.dead_after // 2
         self.weights.b_enc += self.config.lr * factor * silent
@@ -155,17 +154,14 @@ class SiteTrainer:
         """Moves the L0 that the sparsity term aims at until the L0 reached is the one wanted.
 
         A penalty alone stops where its slope meets the reconstruction's, above the target by an amount that
-        differs
-        from layer to layer; an integrator takes that out.
+        differs from layer to layer; an integrator takes that out.
         """
         wanted = l0_aim(self.config, share)
         error = (wanted - result.l0.mean()).clamp(-wanted / 4, wanted / 4)
         self._l0_shift = (self._l0_shift + self.config.l0_gain * error).clamp(-wanted / 2, wanted / 2)
 
     def _place_thresholds(self, centred: Float[Tensor, "row d_in"]) -> float:
-        """Puts every threshold at the level where L0 is `l0_start` times the target; returns the
-        bandwidth.
-        """
+        """Puts thresholds where L0 is `l0_start` times the target; returns the bandwidth in scaled units."""
         sample = centred[: max(64, _SAMPLE // self.config.width)]
         pre = encoder_product(self.weights, sample, torch.float32)
         firing = min(pre.numel(), max(1, round(self.config.l0_start * self.config.l0 * len(sample))))
@@ -174,9 +170,7 @@ class SiteTrainer:
 
 
 class _Window:
-    """Sums of a site's figures between two logging steps, kept on the device so that a step never waits for
-    them.
-    """
+    """Sums of a site's figures between two logging steps, on the device so that no step waits for them."""
 
     def __init__(self, d_out: int, device: torch.device) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
