@@ -13,7 +13,6 @@ candidates are a bag,
 so the sums are torch's embedding_bag, once by rows and once by latents.
 """
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int, Shaped
@@ -46,7 +45,8 @@ def sparse_step(
     (s,) = torch.autograd.grad(decoded, acts_leaf, g)
     acts = acts.detach()
 
-    order = _stable_order(latent, d_sae)
+    # stable: rows keep their order within a latent, so sums do not depend on the sort
+    order = torch.argsort(latent, stable=True)
     rows, by_latent = row[order], _bounds(latent[order], d_sae)
     l0 = _segment_sum(active, by_row).to(x.dtype)
     fired = _segment_sum(active[order], by_latent)
@@ -100,14 +100,6 @@ def _segment_sum(values: Shaped[Tensor, " pair"], bounds: Int[Tensor, " bound"])
     """Sums between bounds, as differences of one running sum in float64."""
     running = F.pad(values.double().cumsum(0), (1, 0))[bounds]
     return running[1:] - running[:-1]
-
-
-def _stable_order(latent: Int[Tensor, " pair"], d_sae: int) -> Int[Tensor, " pair"]:
-    """The order that sorts pairs by latent and keeps rows in order within each."""
-    if latent.device.type == "cpu" and d_sae <= 2**16:
-        # numpy sorts 16-bit numbers by radix, many times faster than torch sorts any
-        return torch.from_numpy(np.argsort(latent.numpy().astype(np.uint16), kind="stable"))
-    return torch.argsort(latent, stable=True)
 
 
 def _bag_sum(
