@@ -3,6 +3,7 @@
 import torch
 
 from sae.errors import UserError
+from sae.kernels.dispatch import product_dtype
 
 _DTYPES = {
     "bf16": torch.bfloat16,
@@ -30,18 +31,7 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype by name; auto is bf16 where the device multiplies it natively, else fp32."""
     if name == "auto":
-        return torch.bfloat16 if _has_bf16(device) else torch.float32
+        return product_dtype(device)
     if name not in _DTYPES:
         raise UserError("the dtype must be known", repr(name), f"choose from auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
-
-
-def _has_bf16(device: torch.device) -> bool:
-    if device.type == "cuda":
-        # not by emulation: cards before Ampere are faster in fp32
-        return torch.cuda.get_device_capability(device)[0] >= 8
-    if device.type != "cpu":
-        return False
-    # private functions of torch: absent in some builds, where the safe answer is fp32
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, check, bool)() for check in checks)

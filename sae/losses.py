@@ -50,7 +50,10 @@ class Sparsity:
 
 
 def sparsity_value(
-    term: Sparsity, l0: Float[Tensor, " batch"], rate: Float[Tensor, " d_sae"], target: float
+    term: Sparsity,
+    l0: Float[Tensor, " batch"],
+    rate: Float[Tensor, " d_sae"],
+    target: Float[Tensor, ""] | float,
 ) -> Float[Tensor, ""]:
     """The term's value, from each row's count of firing latents and each latent's rate in the batch."""
     if term.kind == "quadratic":
@@ -63,7 +66,10 @@ def sparsity_value(
 
 
 def sparsity_gradient(
-    term: Sparsity, l0: Float[Tensor, " batch"], rate: Float[Tensor, " d_sae"], target: float
+    term: Sparsity,
+    l0: Float[Tensor, " batch"],
+    rate: Float[Tensor, " d_sae"],
+    target: Float[Tensor, ""] | float,
 ) -> tuple[Float[Tensor, " batch"], Float[Tensor, " d_sae"]]:
     """d value / d gate_bi, as a part for row b and a part for latent i: their sum is the whole derivative."""
     rows, latents, batch = torch.zeros_like(l0), torch.zeros_like(rate), len(l0)

@@ -87,6 +87,8 @@ class TrainConfig(Config):
     """Adam's second moment."""
     dead_after: Count = 100_000
     """Training tokens of silence after which a latent counts as dead."""
+    pull_after: Count = 50_000
+    """Training tokens of silence after which a latent is drawn towards firing, a little with every step."""
     memory: Size = 4 * 2**30
     """Memory that the run may take, the model included. The rest after fixed costs is the shuffle ring."""
     seed: int = 0
@@ -95,6 +97,8 @@ class TrainConfig(Config):
     """The model's dtype and that of the rows in memory. auto: bfloat16 where the hardware has it."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    kernel: Literal["auto", "cpu", "triton", "reference"] = "auto"
+    """What makes the training steps; auto: the fastest that runs on the device. `jumpscope info` tells."""
     store: str = ""
     """Train from a folder that `jumpscope harvest` wrote instead of running the model."""
     out: str = "runs/train"
@@ -117,6 +121,7 @@ class TrainConfig(Config):
             "bandwidth",
             "l0_start",
             "dead_after",
+            "pull_after",
             "memory",
             "log_every",
         ):

@@ -23,10 +23,12 @@ _PROCESS_BYTES = 800 * 2**20
 _FP32 = 4
 # a forward pass reaches about this share of the speed of one large matrix product (measured on Gemma 3 270M)
 _FORWARD_EFFICIENCY = 0.6
-# a training step takes about twice its encoder product and, for each latent firing and each coordinate of a
-# row, the time of so many of the product's operations (fitted at widths 2,048 and 16,384 on two cores)
-_STEP_PER_PRODUCT = 2.0
-_STEP_PER_PAIR = 240.0
+# a training step takes this many times its encoder product and, for each latent firing and each coordinate of
+# a row, the time of so many of the product's operations (fitted at widths 2,048 and 16,384 on two cores)
+_STEP_PER_PRODUCT = 1.6
+_STEP_PER_PAIR = 150.0
+# columns of the encoder's product that a thread of the step holds at once
+_STEP_BLOCK = 512
 # bytes of the feature index per latent: examples with their context, compressed
 _INDEX_BYTES_PER_LATENT = 6_000
 
@@ -116,11 +118,16 @@ def fixed_costs(
     tokens = config.model_batch * config.context
     # rows of every site beside the stream, and the widest layer's intermediate products in fp32
     forward = tokens * (2 * sum(sites.values()) * dtype.itemsize + 24 * shape.d_model * _FP32)
+    widest = max(sites.values())
+    # fp32: weights and both moments; bf16: the encoder that the product reads
+    dictionaries = 3 * _FP32 * sum(parameters) + 2 * config.width * sum(sites.values())
+    # rows, targets, error; a block of products for each of a few threads; candidates, at four times the L0
+    step = config.batch * (_FP32 * (3 * widest + 4 * _STEP_BLOCK) + 24 * 4 * round(config.l0))
     costs = {
         "language model": (shape.body_params + shape.d_vocab * shape.d_model) * dtype.itemsize,
         "forward pass": forward,
-        f"{len(sites)} dictionaries, Adam": 3 * _FP32 * sum(parameters),
-        "gradients, step": _FP32 * (2 * max(parameters) + 4 * config.batch * config.width),
+        f"{len(sites)} dictionaries, Adam": dictionaries,
+        "training step": step,
     }
     return costs if on_gpu else {**costs, "Python, torch, ...": _PROCESS_BYTES}
 

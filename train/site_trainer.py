@@ -6,13 +6,13 @@ import hashlib
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from activations.ring import RowStatistics
 from sae.jumprelu import DictionaryConfig, JumpReLU
-from sae.kernels.sparse import encoder_product, sparse_step
-from sae.kernels.step import StepResult, StepSettings, StepWeights
+from sae.kernels.dispatch import StepKernel, product_dtype
+from sae.kernels.step import Job, StepFigures, StepSettings, StepState, StepWeights
 from sae.losses import Sparsity
 from train.config import TrainConfig
 from train.schedule import l0_aim, lr_factor
@@ -23,19 +23,25 @@ _SAMPLE = 2**24
 
 
 class NonFiniteError(RuntimeError):
-    """A site's loss or gradient is not finite; its parameters still are, for the update was not made."""
+    """A site's rows or its loss are not finite; its parameters still are, for no step was made from them."""
 
 
 class SiteTrainer:
     """Trains the dictionary of one site from batches of raw rows [batch, d_in].
 
-    Inside, rows are divided by `scale` so that E||x - mean||^2 = 1; `dictionary()` folds that back.
+    Inside, rows are divided by `scale` so that E||x - mean||^2 = 1; `dictionary()` folds that back. The
+    kernel makes the steps and may serve other sites too.
     """
 
     def __init__(
-        self, config: TrainConfig, site: str, statistics: RowStatistics, first_rows: Float[Tensor, "row d_in"]
+        self,
+        config: TrainConfig,
+        site: str,
+        statistics: RowStatistics,
+        first_rows: Float[Tensor, "row d_in"],
+        kernel: StepKernel,
     ) -> None:
-        self.config, self.site, self.scale = config, site, statistics.scale
+        self.config, self.site, self.scale, self.kernel = config, site, statistics.scale, kernel
         device, d_in = first_rows.device, first_rows.shape[1]
         generator = torch.Generator().manual_seed(_site_seed(config.seed, site))
         mean = (statistics.mean / self.scale).to(device)
@@ -51,47 +57,36 @@ class SiteTrainer:
             threshold=torch.zeros(config.width, device=device),
         )
         self.bandwidth = self._place_thresholds(centred)
-        self.product_dtype = first_rows.dtype if first_rows.dtype == torch.bfloat16 else torch.float32
-        self.optimizer = torch.optim.Adam(
-            [
-                {
-                    "params": [
-                        self.weights.W_enc_t,
-                        self.weights.b_enc,
-                        self.weights.W_dec,
-                        self.weights.b_dec,
-                    ]
-                },
-                {"params": [self.weights.threshold]},
-            ],
-            betas=(config.beta1, config.beta2),
-            fused=True,
+        self.product_dtype = product_dtype(device)
+        self.state = StepState.begin(
+            self.weights, beta1=config.beta1, scale_in=self.scale, scale_out=self.scale
         )
-        self.silent_for: Int[Tensor, " d_sae"] = torch.zeros(config.width, dtype=torch.long, device=device)
-        self._l0_shift = torch.zeros((), device=device)
         self._window = _Window(d_in, device)
 
     def step(self, rows: Float[Tensor, "batch d_in"], share: float) -> None:
         """One update from a batch of raw rows; `share` is the part of the run that is done.
 
-        Raises NonFiniteError before the update when the loss or a gradient is not finite.
+        Raises NonFiniteError, with the parameters as they were, when the rows or the loss are not finite. On
+        a GPU, where looking would make it wait, `metrics` raises it instead.
         """
-        x = rows.float() / self.scale
-        result = sparse_step(self.weights, x, x, self.settings(share))
-        if not _all_finite(result):
-            error = float(result.squared_error.mean())
-            raise NonFiniteError(f"{self.site}: the loss or a gradient is not finite (error {error})")
-        self._update(result, lr_factor(self.config, share))
-        self._steer_l0(result, share)
-        self.silent_for += len(rows)
-        self.silent_for[result.fired > 0] = 0
-        self._window.add(result, x)
+        self.take(self.kernel.step(*self.job(rows, share)))
+
+    def job(self, rows: Float[Tensor, "batch d_in"], share: float) -> Job:
+        """What `step` asks of the kernel, for who asks for several sites at once and then calls `take`."""
+        return Job(self.state, rows, rows, self.settings(share))
+
+    def take(self, figures: StepFigures) -> None:
+        """What a step found. Raises as `step` does."""
+        self._window.add(figures)
+        if figures.l0.device.type == "cpu":
+            self._check_finite()
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last call, and the share of latents dead now."""
+        """Means since the last call, and the share of latents dead now. Raises as `step` does."""
+        self._check_finite()
         return {
             **self._window.take(),
-            "dead": float((self.silent_for >= self.config.dead_after).float().mean()),
+            "dead": float((self.state.silent_for >= self.config.dead_after).float().mean()),
             "threshold": float(self.weights.threshold.mean() * self.scale),
         }
 
@@ -114,56 +109,29 @@ class SiteTrainer:
 
     def settings(self, share: float) -> StepSettings:
         """What a step aims at when `share` of the run is done."""
-        config = self.config
+        config, factor = self.config, lr_factor(self.config, share)
         return StepSettings(
             bandwidth=self.bandwidth,
             sparsity=Sparsity(kind=config.sparsity, coefficient=config.sparsity_coefficient),
-            l0_target=float(l0_aim(config, share) + self._l0_shift),
+            l0_wanted=l0_aim(config, share),
+            l0_gain=config.l0_gain,
+            lr=config.lr * factor,
+            threshold_lr=config.threshold_lr * factor,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            pull_after=config.pull_after,
             product_dtype=self.product_dtype,
         )
 
-    def _update(self, result: StepResult, factor: float) -> None:
-        w = self.weights
-        for group, top in zip(
-            self.optimizer.param_groups, (self.config.lr, self.config.threshold_lr), strict=True
-        ):
-            group["lr"] = top * factor
-        # the part of the gradient along a row would only change its norm, which is held at 1
-        along = torch.linalg.vecdot(result.W_dec, w.W_dec).unsqueeze(1)
-        w.W_enc_t.grad, w.b_enc.grad = result.W_enc_t, result.b_enc
-        w.W_dec.grad = result.W_dec.addcmul_(along, w.W_dec, value=-1)
-        w.b_dec.grad = result.b_dec + result.b_in
-        w.threshold.grad = result.threshold
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        w.W_dec /= torch.linalg.vector_norm(w.W_dec, dim=1, keepdim=True)
-        self._pull_dead(factor)
-        w.threshold.clamp_(min=0)
-
-    def _pull_dead(self, factor: float) -> None:
-        """Draws latents that have long been silent towards firing: bias up, threshold down, a full step each.
-
-        This is Adam's step under a pre-activation loss on dead latents alone; that loss's gradient by W_enc
-        is nearly nothing, since rows are centred. Done by hand it leaves no trace in the moments.
-        """
-        silent = self.silent_for >= self.config.dead_after // 2
-        self.weights.b_enc += self.config.lr * factor * silent
-        self.weights.threshold -= self.config.threshold_lr * factor * silent
-
-    def _steer_l0(self, result: StepResult, share: float) -> None:
-        """Moves the L0 that the sparsity term aims at until the L0 reached is the one wanted.
-
-        A penalty alone stops where its slope meets the reconstruction's, above the target by an amount that
-        differs from layer to layer; an integrator takes that out.
-        """
-        wanted = l0_aim(self.config, share)
-        error = (wanted - result.l0.mean()).clamp(-wanted / 4, wanted / 4)
-        self._l0_shift = (self._l0_shift + self.config.l0_gain * error).clamp(-wanted / 2, wanted / 2)
+    def _check_finite(self) -> None:
+        error = self._window.refused
+        if bool(error):
+            raise NonFiniteError(f"{self.site}: rows or loss are not finite in {int(error)} steps")
 
     def _place_thresholds(self, centred: Float[Tensor, "row d_in"]) -> float:
         """Puts thresholds where L0 is `l0_start` times the target; returns the bandwidth in scaled units."""
         sample = centred[: max(64, _SAMPLE // self.config.width)]
-        pre = encoder_product(self.weights, sample, torch.float32)
+        pre = sample @ self.weights.W_enc_t.T
         firing = min(pre.numel(), max(1, round(self.config.l0_start * self.config.l0 * len(sample))))
         self.weights.threshold.fill_(pre.flatten().topk(firing).values[-1].clamp(min=0))
         return self.config.bandwidth * float(pre.std())
@@ -176,14 +144,17 @@ class _Window:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._y = torch.zeros(d_out, dtype=torch.float64, device=device)
         self._rows = 0
+        self.refused = torch.zeros((), dtype=torch.long, device=device)
+        """Steps that were not made."""
 
-    def add(self, result: StepResult, y: Float[Tensor, "batch d_out"]) -> None:
-        batch = len(y)
+    def add(self, figures: StepFigures) -> None:
+        batch = len(figures.l0)
         self._sums += torch.stack(
-            [result.squared_error.sum(), result.l0.sum(), result.sparsity * batch, (y**2).sum()]
+            [figures.squared_error.sum(), figures.l0.sum(), figures.sparsity * batch, figures.y_square]
         )
-        self._y += y.sum(0)
+        self._y += figures.y_sum
         self._rows += batch
+        self.refused += ~figures.finite
 
     def take(self) -> dict[str, float]:
         """L0, FVU about the rows' own mean, loss; then starts again. Empty before the first step."""
@@ -218,18 +189,6 @@ def _first_directions(
         rows -= (rows @ strongest.T) @ strongest
         rows[: 2 * q] = torch.cat([strongest, -strongest])
     return F.normalize(rows, dim=1)
-
-
-def _all_finite(result: StepResult) -> bool:
-    # a sum is finite only if its terms are; a NaN or an infinity in a row reaches that row's error
-    total = (
-        result.squared_error.sum()
-        + result.W_enc_t.sum()
-        + result.W_dec.sum()
-        + result.threshold.sum()
-        + result.sparsity
-    )
-    return bool(torch.isfinite(total))
 
 
 def _site_seed(seed: int, site: str) -> int:

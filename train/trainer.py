@@ -26,6 +26,7 @@ from activations.store import open_store
 from sae.errors import UserError
 from sae.files import make_folder
 from sae.jumprelu import DictionaryConfig
+from sae.kernels.dispatch import choose_kernel, make_kernel
 from sae.numbers import format_count
 from train.config import TrainConfig
 from train.mirror import Mirror, check_wandb
@@ -57,6 +58,7 @@ def train_run(
     """
     refuse_occupied(config.out)
     check_wandb(config.wandb)
+    choose_kernel(pick_device(config.device), config.kernel)
     on_progress = on_progress or (lambda what, done, total, detail: None)
     rows = _open_rows(config, model, on_progress)
     run = RunFolder.create(
@@ -89,13 +91,17 @@ def _train(
 ) -> None:
     """The loop. `trainers` is the caller's, who saves what is in it if this is interrupted."""
     ring, total, latest = rows.ring, rows.total, {}
+    # one for all sites: they share its buffers
+    kernel = make_kernel(choose_kernel(rows.device, config.kernel))
     for site, moments in ring.statistics.items():
-        trainers[site] = SiteTrainer(config, site, moments, ring.first_rows(site, _FIRST_ROWS))
+        trainers[site] = SiteTrainer(config, site, moments, ring.first_rows(site, _FIRST_ROWS), kernel)
     step = 0
     for batch in ring:
         with stop.at_step_boundary():
-            for site, trainer in trainers.items():
-                trainer.step(batch[site], min(1.0, step * config.batch / total))
+            share = min(1.0, step * config.batch / total)
+            jobs = [trainer.job(batch[site], share) for site, trainer in trainers.items()]
+            for trainer, figures in zip(trainers.values(), kernel.steps(jobs), strict=True):
+                trainer.take(figures)
             step += 1
         if step % config.log_every == 0:
             latest = {site: trainer.metrics() for site, trainer in trainers.items()}

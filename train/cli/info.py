@@ -56,8 +56,10 @@ def _machine() -> None:
     import torch
 
     from activations.precision import pick_device, pick_dtype
+    from sae.kernels.dispatch import choose_kernel, product_dtype
 
     device = pick_device("auto")
+    kernel, product = choose_kernel(device), str(product_dtype(device)).removeprefix("torch.")
     dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
     memory = psutil.virtual_memory()
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -68,6 +70,7 @@ def _machine() -> None:
             "memory": f"{format_size(memory.total)}, {format_size(memory.available)} free",
             "gpu": ", ".join(f"{gpu.name} ({format_size(gpu.total_memory)})" for gpu in gpus) or "none",
             "a run would use": f"{device}, the model in {dtype}",
+            "training steps": f"the {kernel.name} kernel ({kernel.reason}), screened by a {product} product",
             "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
             "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages),
         }

@@ -119,6 +119,10 @@ class ViewOptions:
     """Serve without opening a browser."""
 
 
+# for a run of some hundred steps: larger ones, a shorter memory of squares, silent latents drawn back sooner
+_SHORT_RECIPE = {"lr": 3e-3, "beta2": 0.99, "bandwidth": 0.25, "pull_after": 10_000}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoOptions:
     """A dictionary for every layer of a small model: plan, train, evaluate, index, and look.
@@ -139,11 +143,11 @@ class DemoOptions:
     """Latents in each dictionary."""
     l0: float = 40.0
     """Target L0: latents firing on a token, on average."""
-    tokens: Count = 160_000
+    tokens: Count = 96_000
     """Tokens to harvest; each trains every dictionary `passes` times."""
-    passes: Count = 4
+    passes: Count = 3
     """How often a harvested row is trained on before it leaves memory."""
-    batch: Count = 2048
+    batch: Count = 512
     """Rows in a training step."""
     context: Count = 256
     """Tokens in a block, BOS included."""
@@ -176,7 +180,7 @@ class DemoOptions:
 
     def train_config(self, out: str) -> TrainConfig:
         """The training that the demo does, into the folder `out`."""
-        values: dict[str, Any] = shared_values(self, TrainConfig) | {"out": out}
+        values: dict[str, Any] = shared_values(self, TrainConfig) | _SHORT_RECIPE | {"out": out}
         return TrainConfig(**values)
 
 

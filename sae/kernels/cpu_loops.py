@@ -1,0 +1,327 @@
+"""The inner loops of the step on a CPU, compiled by numba. `cpu` calls them, several at a time, each on its
+part; `cpu_update` has the last of them.
+
+Arrays are of the weights' dtype unless said otherwise, and so are single numbers, since a Python float would
+turn a loop into double precision. Every sum has a fixed order, so results do not depend on threads.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic, overload
+
+# sums may be reordered when compiled, which makes them vectors; infinities and NaN keep their meaning
+_FLAGS = {"contract", "reassoc", "nsz"}
+
+
+class Numbers(NamedTuple):
+    """What a step's loops read beside arrays, as numpy scalars of the weights' dtype."""
+
+    per_row: Any
+    """2 / batch."""
+    bandwidth: Any
+    half: Any
+    """Half the bandwidth; 0 where there is no window."""
+    lr: Any
+    threshold_lr: Any
+    rate: Any
+    """lr over Adam's correction of the first moment."""
+    threshold_rate: Any
+    fall1: Any
+    """1 - beta1."""
+    beta2: Any
+    fall2: Any
+    """1 - beta2."""
+    root: Any
+    """1 / sqrt of Adam's correction of the second moment."""
+    epsilon: Any
+
+
+class Latents(NamedTuple):
+    """One array a parameter, for a block of latents: the weights, or one of their moments."""
+
+    W_enc_t: Any
+    b_enc: Any
+    W_dec: Any
+    threshold: Any
+
+
+class Pairs(NamedTuple):
+    """A block's pairs of row and latent, in the order of latents and then of rows."""
+
+    starts: Any
+    rows: Any
+    values: Any
+
+
+class Screen(NamedTuple):
+    """What the screening product reads of a block of latents, renewed with the weights."""
+
+    low: Any
+    """W_enc_t in bfloat16, as uint16; empty where the product reads the weights themselves."""
+    norm: Any
+    error: Any
+    """||w - low|| / ||w||."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Machine code without the interpreter's lock, kept on disk where there is a place to write."""
+    options = {"nogil": True, "error_model": "numpy", "fastmath": _FLAGS}
+    # tests wrap every function to check its arguments; numba wants the function itself
+    function = inspect.unwrap(function)
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder for the cache: compile in every process
+        return njit(**options)(function)
+
+
+@intrinsic
+def _as_float(_context, bits):
+    """The float32 with these 32 bits."""
+
+    def build(_, builder, _signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), build
+
+
+@intrinsic
+def _as_bits(_context, value):
+    """The 32 bits of a float32."""
+
+    def build(_, builder, _signature, arguments):
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), build
+
+
+def widened(value):
+    """A bfloat16, given by its 16 bits, as a float32; a float as it is."""
+
+
+@overload(widened, inline="always")
+def _widened_for(value):
+    if value == types.uint16:
+        return lambda value: _as_float(types.uint32(value) << types.uint32(16))  # pyright: ignore[reportCallIssue]
+    return lambda value: value
+
+
+@compiled
+def bfloat16_bits(value):
+    # to nearest, ties to even; finite values only
+    bits = _as_bits(value)  # pyright: ignore[reportCallIssue]
+    return types.uint16(
+        (bits + types.uint32(0x7FFF) + ((bits >> types.uint32(16)) & types.uint32(1))) >> types.uint32(16)
+    )
+
+
+@compiled
+def prepare_rows(rows_in, rows_out, scale_in, scale_out, b_in, x, y, low, norm, error, y_sum):
+    """Scaled targets, scaled and centred inputs and their norms; the inputs in bfloat16 where `low` has rows,
+    and the norms of what that rounds away.
+
+    Raw rows may be bfloat16 as uint16. `y_sum` gets the targets' sum; their sum of squares is returned.
+    """
+    y_sum[:] = 0
+    squares = y.dtype.type(0)
+    for b in range(len(x)):
+        for k in range(y.shape[1]):
+            value = y.dtype.type(widened(rows_out[b, k])) / scale_out
+            y[b, k] = value
+            y_sum[k] += value
+            squares += value * value
+        square, lost = x.dtype.type(0), x.dtype.type(0)
+        for k in range(x.shape[1]):
+            value = x.dtype.type(widened(rows_in[b, k])) / scale_in - b_in[k]
+            x[b, k] = value
+            square += value * value
+        norm[b] = np.sqrt(square)
+        error[b] = 0
+        if len(low):
+            for k in range(x.shape[1]):
+                bits = bfloat16_bits(np.float32(x[b, k]))
+                low[b, k] = bits
+                rest = x[b, k] - widened(bits)
+                lost += rest * rest
+            error[b] = np.sqrt(lost)
+    return squares
+
+
+@compiled
+def dot(a, i, b, j):
+    """<a[i], b[j]>, without making views of the rows."""
+    total = a.dtype.type(0)
+    for k in range(a.shape[1]):
+        total += a[i, k] * b[j, k]
+    return total
+
+
+@compiled
+def dot4(a, rows, p, b, j):
+    """`dot` of rows[p] to rows[p + 3] with b[j]."""
+    i0, i1, i2, i3 = rows[p], rows[p + 1], rows[p + 2], rows[p + 3]
+    zero = a.dtype.type(0)
+    s0, s1, s2, s3 = zero, zero, zero, zero
+    for k in range(a.shape[1]):
+        w = b[j, k]
+        s0 += a[i0, k] * w
+        s1 += a[i1, k] * w
+        s2 += a[i2, k] * w
+        s3 += a[i3, k] * w
+    return s0, s1, s2, s3
+
+
+@compiled
+def add(total, i, table, row, weight):
+    """total[i] += weight table[row]."""
+    for k in range(table.shape[1]):
+        total[i, k] += weight * table[row, k]
+
+
+@compiled
+def add4(total, i, table, rows, p, w0, w1, w2, w3):
+    """`add` of rows[p] to rows[p + 3], which reads and writes the total once."""
+    r0, r1, r2, r3 = rows[p], rows[p + 1], rows[p + 2], rows[p + 3]
+    for k in range(table.shape[1]):
+        total[i, k] += (w0 * table[r0, k] + w1 * table[r1, k]) + (w2 * table[r2, k] + w3 * table[r3, k])
+
+
+@compiled
+def scan_block(product, row_bound, row_norm, row_error, bound, norm, slack, rows, columns):
+    """Pairs that the screening product [batch, block] cannot rule out, in row order. Their number, or -1 if
+    there is no room.
+
+    A pair passes when product > bound + row_bound - margin with margin = (row_error + slack row_norm) norm,
+    which bounds the product's own error. The product may be bfloat16 as uint16.
+    """
+    batch, width = product.shape
+    found, room = 0, len(rows)
+    # comparisons become vectors when they only store; marks are then looked at eight at a time
+    marks = np.zeros((width + 7) // 8 * 8, np.uint8)
+    eights = marks.view(np.uint64)
+    for b in range(batch):
+        if found + width > room:
+            return -1
+        reach, above = row_error[b] + slack * row_norm[b], row_bound[b]
+        for j in range(width):
+            marks[j] = widened(product[b, j]) > bound[j] + above - reach * norm[j]
+        for eight in range(len(eights)):
+            if eights[eight]:
+                for j in range(8 * eight, 8 * eight + 8):
+                    if marks[j]:
+                        rows[found] = b
+                        columns[found] = j
+                        found += 1
+    return found
+
+
+@compiled
+def exact_block(
+    x,
+    W_enc_t,
+    b_enc,
+    gate,
+    row_bound,
+    half,
+    rows,
+    columns,
+    found,
+    values,
+    starts,
+    pair_rows,
+    pair_values,
+    active,
+):
+    """The pairs' true pre-activations; those that matter, in order. Returns how many.
+
+    Kept are pre > gate + row_bound, the active ones, and |pre - gate| < half. In `pair_rows` and
+    `pair_values` a latent's active pairs come first, then the others: `starts` [2 block + 1] says where.
+    `active` [batch] gets the number of a row's active pairs.
+    """
+    width = len(gate)
+    starts[:] = 0
+    active[:] = 0
+    kept = 0
+    for p in range(found):
+        b, j = rows[p], columns[p]
+        value = dot(x, b, W_enc_t, j) + b_enc[j]
+        above = value > gate[j] + row_bound[b]
+        if above or abs(value - gate[j]) < half:
+            rows[kept] = b
+            columns[kept] = 2 * j + (not above)
+            values[kept] = value
+            active[b] += above
+            starts[columns[kept] + 1] += 1
+            kept += 1
+    for key in range(2 * width):
+        starts[key + 1] += starts[key]
+    for p in range(kept):
+        at = starts[columns[p]]
+        pair_rows[at] = rows[p]
+        pair_values[at] = values[p]
+        starts[columns[p]] = at + 1
+    for key in range(2 * width, 0, -1):
+        starts[key] = starts[key - 1]
+    starts[0] = 0
+    return kept
+
+
+@compiled
+def row_offsets(active, offsets, l0):
+    """Turns counts of active pairs [block, batch] into where each block's share of a row's list begins."""
+    blocks, batch = active.shape
+    total = 0
+    for b in range(batch):
+        offsets[b] = total
+        for block in range(blocks):
+            count = active[block, b]
+            active[block, b] = total
+            total += count
+        l0[b] = total - offsets[b]
+    offsets[batch] = total
+    return total
+
+
+@compiled
+def fill_rows(first, pairs, cursor, fired, latents, acts):
+    """Adds a block's active pairs to the rows' lists, where a row's latents end up in rising order.
+
+    `fired` gets the number of each latent's.
+    """
+    for j in range(len(fired)):
+        begin, end = pairs.starts[2 * j], pairs.starts[2 * j + 1]
+        for p in range(begin, end):
+            b = pairs.rows[p]
+            at = cursor[b]
+            latents[at] = first + j
+            acts[at] = pairs.values[p]
+            cursor[b] = at + 1
+        fired[j] = end - begin
+
+
+@compiled
+def decode_rows(W_dec, b_dec, y, offsets, latents, acts, g, squared_error, g_sum, numbers):
+    """Reconstructs rows; leaves g = (2 / batch) (reconstruction - y), each row's error, and the sum of g."""
+    width = len(b_dec)
+    g_sum[:] = 0
+    for b in range(len(y)):
+        for k in range(width):
+            g[b, k] = b_dec[k]
+        p, end = offsets[b], offsets[b + 1]
+        while p + 4 <= end:
+            add4(g, b, W_dec, latents, p, acts[p], acts[p + 1], acts[p + 2], acts[p + 3])
+            p += 4
+        while p < end:
+            add(g, b, W_dec, latents[p], acts[p])
+            p += 1
+        total = y.dtype.type(0)
+        for k in range(width):
+            error = g[b, k] - y[b, k]
+            total += error * error
+            g[b, k] = error * numbers.per_row
+            g_sum[k] += g[b, k]
+        squared_error[b] = total

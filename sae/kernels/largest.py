@@ -1,0 +1,66 @@
+"""Which pairs are the k largest of each row, or of the batch, for the step on a CPU."""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sae.kernels.cpu_loops import Pairs
+
+# latents looked at to guess how large the k-th largest pre-activation is
+_SAMPLE = 1024
+
+
+def first_bounds(
+    rows: Float[Tensor, "batch d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    b_enc: np.ndarray,
+    k: int,
+    by_row: bool,
+    bounds: np.ndarray,
+) -> None:
+    """Fills `bounds` [batch] with what more than k pre-activations of a row, or k a row of the batch, exceed.
+
+    From every s-th latent; too high only by bad luck, which the caller sees from what passed.
+    """
+    every = max(1, len(encoder) // _SAMPLE)
+    sample = (rows @ encoder[::every].T).float() + torch.from_numpy(b_enc[::every]).float()
+    values = sample if by_row else sample.view(1, -1)
+    share = k / every if by_row else k / every * len(rows)
+    count = min(values.shape[1], math.ceil(1.3 * share + 4 * math.sqrt(share) + 1))
+    least = values.topk(count, dim=1).values[:, -1]
+    # only positive pre-activations can be active
+    bounds[:] = least.clamp(min=0).expand(len(bounds)).numpy()
+
+
+def keep_largest(pairs: list[Pairs], k: int, by_row: bool, active: np.ndarray) -> None:
+    """Drops all pairs but the largest, and counts what is left of each row in `active` [block, batch].
+
+    Ties go to the earlier row, then to the lower latent.
+    """
+    sizes = [int(block.starts[-1]) for block in pairs]
+    rows = np.concatenate([block.rows[:size] for block, size in zip(pairs, sizes, strict=True)])
+    values = np.concatenate([block.values[:size] for block, size in zip(pairs, sizes, strict=True)])
+    # pairs lie in the order of latents, and within a latent of rows; stable sorts keep that among equals
+    order = np.argsort(rows, kind="stable")
+    order = order[np.argsort(-values[order], kind="stable")]
+    kept = np.zeros(len(rows), bool)
+    if by_row:
+        order = order[np.argsort(rows[order], kind="stable")]
+        begin = np.searchsorted(rows[order], np.arange(active.shape[1]))
+        kept[order[np.arange(len(order)) - begin[rows[order]] < k]] = True
+    else:
+        kept[order[: k * active.shape[1]]] = True
+    for index, (block, part) in enumerate(zip(pairs, np.split(kept, np.cumsum(sizes)[:-1]), strict=True)):
+        active[index] = np.bincount(_drop(block, part), minlength=active.shape[1])
+
+
+def _drop(block: Pairs, kept: np.ndarray) -> np.ndarray:
+    """Closes the gaps in a block's pairs and returns the rows that are left."""
+    before = np.concatenate([[0], np.cumsum(kept)])
+    for values in (block.rows, block.values):
+        values[: before[-1]] = values[: len(kept)][kept]
+    block.starts[:] = before[block.starts]
+    return block.rows[: before[-1]]
