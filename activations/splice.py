@@ -1,6 +1,5 @@
 """A dictionary in the middle of the model: what the rest of the model makes of a replaced activation."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from torch import Tensor
 from activations.models import LanguageModel
 from activations.sites import kind_of, layer_of, site_name
 from sae.errors import UserError
-
-_LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,68 +109,3 @@ def _standing_in(model: LanguageModel, n_blocks: int, resid: Tensor, in_tuples: 
     finally:
         for block in blocks:
             block.__dict__.pop("forward", None)
-
-
-@torch.inference_mode()
-def next_token_losses(
-    model: LanguageModel,
-    finals: Float[Tensor, "variant row d_model"],
-    targets: Int[Tensor, " row"],
-    *,
-    vocab_chunk: int | None = None,
-) -> tuple[Float[Tensor, "variant row"], Float[Tensor, "variant row"]]:
-    """Cross-entropy of the next token and KL(clean || variant) in nats, fp32; variant 0 is the clean run.
-
-    `finals` are hidden states after the final norm. Logits are computed in the model's dtype, some rows of
-    all variants and `vocab_chunk` tokens at a time, and summed in fp32: they are never held all together.
-    """
-    n_variants, n_rows, _ = finals.shape
-    rows, columns = _tile(n_variants, model, vocab_chunk)
-    hidden = finals.to(device=model.device, dtype=model.dtype).transpose(0, 1)
-    targets = targets.to(model.device).long()
-    ce = torch.empty(n_rows, n_variants, device=model.device)
-    kl = torch.empty_like(ce)
-    for start in range(0, n_rows, rows):
-        part = slice(start, start + rows)
-        ce[part], kl[part] = _tile_losses(model, hidden[part], targets[part], columns)
-    return ce.T, kl.T
-
-
-def _tile(n_variants: int, model: LanguageModel, vocab_chunk: int | None) -> tuple[int, int]:
-    # small enough for a processor's caches, large enough to keep the matrix product busy
-    rows_of_all, columns = (512, 4096) if model.device.type == "cpu" else (4096, 16_384)
-    return max(1, rows_of_all // n_variants), min(vocab_chunk or columns, model.d_vocab)
-
-
-def _tile_losses(
-    model: LanguageModel,
-    hidden: Float[Tensor, "row variant d_model"],
-    targets: Int[Tensor, " row"],
-    columns: int,
-) -> tuple[Float[Tensor, "row variant"], Float[Tensor, "row variant"]]:
-    n_rows, n_variants, d_model = hidden.shape
-    flat = hidden.reshape(-1, d_model)
-    unembedding, bias = model.W_U.T, model.b_U
-    top = torch.full((n_rows, n_variants), -torch.inf, device=hidden.device)
-    total = torch.zeros_like(top)  # sum of exp(logit - top)
-    mean = torch.zeros_like(top)  # sum of exp(clean logit - clean top) times the variant's logit
-    wanted = torch.zeros_like(top)
-    for start in range(0, model.d_vocab, columns):
-        stop = min(start + columns, model.d_vocab)
-        raw = torch.nn.functional.linear(
-            flat, unembedding[start:stop], None if bias is None else bias[start:stop]
-        )
-        logits = model.cap_logits(raw.float()).view(n_rows, n_variants, -1)
-        here = (targets >= start) & (targets < stop)
-        index = (targets - start).clamp(0, stop - start - 1)[:, None, None].expand(-1, n_variants, 1)
-        wanted = torch.where(here[:, None], logits.gather(2, index)[..., 0], wanted)
-        higher = torch.maximum(top, logits.amax(-1))
-        shrink = torch.exp(top - higher)
-        weights = torch.exp2((logits[:, 0] - higher[:, :1]) * _LOG2_E)
-        mean = mean * shrink[:, :1] + torch.bmm(weights[:, None], logits.transpose(1, 2))[:, 0]
-        # exp2 since torch's exp takes thirty times as long where it underflows, as most of a vocabulary does
-        total = total * shrink + logits.sub_(higher[..., None]).mul_(_LOG2_E).exp2_().sum(-1)
-        top = higher
-    log_total = top + total.log()
-    mean = mean / total[:, :1]
-    return log_total - wanted, (mean[:, :1] - log_total[:, :1]) - (mean - log_total)

@@ -61,7 +61,7 @@ def test_a_name_that_is_no_kernel_is_refused(monkeypatch, by_environment):
         monkeypatch.setenv(VARIABLE, "cuda")
     text = refusal(CPU) if by_environment else refusal(CPU, "cuda")
     assert all(name in text for name in KERNELS)
-    assert "Found: 'cuda'. choose one of them" in text
+    assert "Found: 'cuda'. Choose one of them." in text
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_name_that_is_no_kernel_is_refused(monkeypatch, by_environment):
     ids=str,
 )
 def test_a_kernel_that_cannot_run_on_the_device_is_refused(monkeypatch, device, name, found):
-    expected = f"the {name} kernel must be able to run here. Found: {found}. leave it at auto"
+    expected = f"the {name} kernel must be able to run here. Found: {found}. Leave it at auto."
     assert refusal(device, name).startswith(expected)
     monkeypatch.setenv(VARIABLE, name)
     assert refusal(device).startswith(expected)

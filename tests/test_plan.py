@@ -43,7 +43,9 @@ def test_the_items_are_what_they_say(config):
         "blocks.2.hook_resid_post": 32,
     }
     weights = sum(2 * d_in * 64 + 2 * 64 + d_in for d_in in plan.sites.values())
-    assert plan.memory["4 dictionaries, Adam"] == 3 * 4 * weights
+    # fp32 weights and two moments, and the encoders in bf16
+    encoders = sum(d_in * 64 for d_in in plan.sites.values())
+    assert plan.memory["4 dictionaries, Adam"] == 3 * 4 * weights + 2 * encoders
     assert plan.disk["dictionaries"] == 4 * weights
     ring = ring_bytes(plan.sites, dtype=torch.float32, rows=plan.ring_rows, batch=64, passes=2)
     assert plan.memory[f"ring, {plan.ring_rows:,} rows"] == ring

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from conftest import CONFIGS, wrapped_model
 
+from activations.losses import next_token_losses
 from activations.models import LanguageModel
 from activations.sites import KINDS, expand_sites, layer_of, site_name
-from activations.splice import clean_run, next_token_losses, spliced_final
+from activations.splice import clean_run, spliced_final
 from sae.errors import UserError
 
 TOKENS = torch.randint(3, 300, (2, 12), generator=torch.Generator().manual_seed(0))

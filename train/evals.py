@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
+from activations.losses import loss_vocabulary, next_token_losses
 from activations.models import LanguageModel
-from activations.splice import CleanRun, clean_run, next_token_losses, spliced_final
+from activations.splice import CleanRun, clean_run, spliced_final
 from sae.errors import UserError
 from sae.jumprelu import JumpReLU
 
@@ -24,6 +26,8 @@ DENSITY_EDGES = [-6 + 0.25 * i for i in range(25)]
 _LOSSES = "loss with each dictionary in the model"
 # the largest encoder output held at once, in elements: 64 MiB of fp32
 _ENCODE_ELEMENTS = 2**24
+# where more than one latent in so many fires, decoding them all as one product is faster
+_DENSE_DECODE = 16
 
 
 @torch.inference_mode()
@@ -86,7 +90,6 @@ class _RowStatistics:
         self.dictionary = dictionary
         cfg, device = dictionary.cfg, dictionary.W_dec.device
         self.n = 0
-        self.active = 0
         self.fired = torch.zeros(cfg.d_sae, dtype=torch.int64, device=device)
         # sums are about the mean of the first batch, so that a large mean costs no digits; FVU is then
         # moved to the mean of all rows exactly, its standard error keeps the scatter about this one
@@ -105,11 +108,9 @@ class _RowStatistics:
             self.origin = x_out.double().mean(0)
         error = torch.empty(len(x_in), dtype=torch.float64, device=device)
         for part in _row_slices(len(x_in), cfg.d_sae):
-            latents = self.dictionary.encode(x_in[part])
-            firing = latents > 0
-            self.fired += firing.sum(0)
-            self.active += int(firing.sum())
-            error[part] = (self.dictionary.decode(latents) - x_out[part]).double().square().sum(1)
+            reconstruction, fired = _reconstruct(self.dictionary, x_in[part])
+            self.fired += fired
+            error[part] = (reconstruction - x_out[part]).double().square().sum(1)
         centred = x_out.double() - self.origin
         self.n += len(x_in)
         self.sum += centred.sum(0)
@@ -133,7 +134,7 @@ class _RowStatistics:
         )
         return {
             "n_tokens": self.n,
-            "l0": self.active / self.n,
+            "l0": int(self.fired.sum()) / self.n,
             "l0_target": self.dictionary.cfg.l0_target,
             "fvu": _ratio(self.blocks.numerator, variance),
             "fvu_se": self.blocks.standard_error(),
@@ -206,6 +207,7 @@ def _spliced_losses(
         for site in dictionaries
     }
     total = sum(int(batch.keep.sum()) for batch in batches)
+    vocabulary = loss_vocabulary(model, total * (1 + len(dictionaries)))
     done = 0
     # the first batch takes a while: the bar should stand there before it
     report(_LOSSES, 0, total)
@@ -221,7 +223,7 @@ def _spliced_losses(
                 stream = run.acts[target_site]
                 mixed = torch.where(keep[..., None], replacement.to(stream), stream)
                 finals.append(spliced_final(model, tokens, run, target_site, mixed)[scored])
-        ce, kl = next_token_losses(model, torch.stack(finals), targets)
+        ce, kl = next_token_losses(model, torch.stack(finals), targets, vocabulary=vocabulary)
         n = _sum_by_block(torch.ones_like(ce[0]), scored)
         clean.add(_sum_by_block(ce[0], scored), n)
         each = 3 if with_baselines else 1
@@ -246,12 +248,30 @@ def _replacements(
     """What is put in at the site: the reconstruction, then mean and zero when baselines are wanted."""
     stream = run.acts[dictionary.cfg.site_in].to(dictionary.W_enc.device)
     rows = rearrange(stream, "block pos d_in -> (block pos) d_in")
-    parts = [dictionary(rows[part]) for part in _row_slices(len(rows), dictionary.cfg.d_sae)]
+    parts = [_reconstruct(dictionary, rows[part])[0] for part in _row_slices(len(rows), dictionary.cfg.d_sae)]
     reconstruction = rearrange(torch.cat(parts), "(block pos) d_out -> block pos d_out", pos=stream.shape[1])
+    reconstruction = reconstruction.to(stream.dtype)
     yield reconstruction
     if with_baselines:
         yield mean.to(reconstruction).expand_as(reconstruction)
         yield torch.zeros_like(reconstruction)
+
+
+def _reconstruct(
+    dictionary: JumpReLU, x: Float[Tensor, "row d_in"]
+) -> tuple[Float[Tensor, "row d_out"], Int[Tensor, " d_sae"]]:
+    """The reconstruction, in the dictionary's dtype, and the rows on which each latent fires."""
+    latents = dictionary.encode(x)
+    pairs = (latents > 0).view(-1).nonzero()[:, 0]
+    row, latent = pairs // dictionary.cfg.d_sae, pairs % dictionary.cfg.d_sae
+    fired = torch.bincount(latent, minlength=dictionary.cfg.d_sae)
+    if len(pairs) * _DENSE_DECODE > latents.numel():
+        return dictionary.decode(latents), fired
+    starts = torch.searchsorted(row, torch.arange(len(x), device=row.device))
+    decoded = F.embedding_bag(
+        latent, dictionary.W_dec, starts, mode="sum", per_sample_weights=latents.view(-1)[pairs]
+    )
+    return decoded + dictionary.b_dec, fired
 
 
 def _loss_summary(clean: _RatioSums, part: _SiteLosses) -> dict[str, Any]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
+from activations.int8 import HasUnembedding, Int8Vocabulary
 from sae import JumpReLU, UserError
 from viewer.accumulate import BINS_PER_OCTAVE, Chunk, SiteAccumulator, histogram_edges
-from viewer.lens import Unembedding, top_logits
+from viewer.lens import search_vocabulary, top_logits
 from viewer.storage import write_site
 
 LOGITS = 10
@@ -23,7 +24,7 @@ _RESIDUAL_KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_
 
 
 @runtime_checkable
-class IndexModel(Unembedding, Protocol):
+class IndexModel(HasUnembedding, Protocol):
     """What the index asks of a language model; `activations.models.LanguageModel` has it."""
 
     name: str
@@ -80,11 +81,12 @@ def build_index(
             progress(seen, max(tokens, seen) + n_latents)
     if not seen:
         raise UserError("the index needs text", "no token to index", "give a corpus with held-out documents")
+    vocabulary = search_vocabulary(model, n_latents)
     folders, written = {}, 0
     for name, dictionary in dictionaries.items():
         folders[name] = out(name)
         # popped, so that each site's memory is given back once it is on disk
-        _finish(model, dictionary, name, folders[name], found.pop(name), corpus)
+        _finish(model, dictionary, name, folders[name], found.pop(name), corpus, vocabulary)
         written += dictionary.cfg.d_sae
         if progress:
             progress(seen + written, seen + n_latents)
@@ -106,12 +108,13 @@ def _encode(dictionary: JumpReLU, x: Tensor, batch: TokenBlocks) -> Iterator[Chu
         span = slice(start, start + step)
         keep = batch.keep[span].to(x.device)
         acts = dictionary.encode(x[span].to(dictionary.W_enc.device))
-        if not acts.isfinite().all():
+        if acts.numel() and not acts.amax().isfinite():
             raise UserError(
                 "latents must be finite", f"infinity or NaN at {cfg.site_in}", "train the dictionary again"
             )
+        acts[~keep.to(acts.device)] = 0
         yield Chunk(
-            acts=acts.mul_(keep[..., None].to(acts.device)).to(x.device),
+            acts=acts.to(x.device),
             tokens=batch.tokens[span].to(x.device),
             document=batch.document[span].to(x.device),
             position=batch.position[span].to(x.device),
@@ -120,12 +123,20 @@ def _encode(dictionary: JumpReLU, x: Tensor, batch: TokenBlocks) -> Iterator[Chu
 
 
 def _finish(
-    model: IndexModel, dictionary: JumpReLU, site: str, folder: Path, found: SiteAccumulator, corpus: str
+    model: IndexModel,
+    dictionary: JumpReLU,
+    site: str,
+    folder: Path,
+    found: SiteAccumulator,
+    corpus: str,
+    vocabulary: Int8Vocabulary | None,
 ) -> None:
     cfg = dictionary.cfg
     site_out = cfg.site_out or site
     speaks = site_out.endswith(_RESIDUAL_KINDS) and cfg.d_out == model.W_U.shape[0]
-    tokens, logits = top_logits(model, dictionary.W_dec, count=LOGITS) if speaks else (None, None)
+    tokens, logits = None, None
+    if speaks:
+        tokens, logits = top_logits(model, dictionary.W_dec, count=LOGITS, vocabulary=vocabulary)
     manifest: dict[str, Any] = {
         "model": model.name,
         "site": site,

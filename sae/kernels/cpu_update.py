@@ -52,18 +52,9 @@ def update_block(
     moving = len(first.b_enc) > 0
     for j in range(len(gate)):
         bias, slope = _sum_gradients(
-            j,
-            gate[j],
-            weights.W_dec,
-            pairs,
-            x,
-            g,
-            gamma_rows,
-            gamma_latents[j],
-            numbers.half,
-            enc_gradient,
-            dec_gradient,
-        )
+            j, gate[j], weights.W_dec, pairs, x, g, gamma_rows, gamma_latents[j], numbers.half,
+            enc_gradient, dec_gradient,
+        )  # fmt: skip
         bias_gradient[j], level_gradient[j] = bias, -slope / numbers.bandwidth
         w_enc, w_dec = weights.W_enc_t[j], weights.W_dec[j]
         along = dot(dec_gradient, 0, weights.W_dec, j)
@@ -71,29 +62,17 @@ def update_block(
             dec_gradient[0, k] -= along * w_dec[k]
         for k in range(d_in):
             b_in_sum[k] += bias * w_enc[k]
-        adam(
-            w_enc,
-            enc_gradient[0],
-            first.W_enc_t[j if moving else 0],
-            second.W_enc_t[j],
-            numbers.rate,
-            numbers,
-        )
-        adam(w_dec, dec_gradient[0], first.W_dec[j if moving else 0], second.W_dec[j], numbers.rate, numbers)
+        of = j if moving else 0
+        adam(w_enc, enc_gradient[0], first.W_enc_t[of], second.W_enc_t[j], numbers.rate, numbers)
+        adam(w_dec, dec_gradient[0], first.W_dec[of], second.W_dec[j], numbers.rate, numbers)
         scale = 1 / np.sqrt(dot(weights.W_dec, j, weights.W_dec, j))
         for k in range(d_out):
             w_dec[k] *= scale
         _renew_screen(w_enc, screen.low, screen.norm, screen.error, j)
     adam(weights.b_enc, bias_gradient, first.b_enc, second.b_enc, numbers.rate, numbers)
     if pull[2]:
-        adam(
-            weights.threshold,
-            level_gradient,
-            first.threshold,
-            second.threshold,
-            numbers.threshold_rate,
-            numbers,
-        )
+        rate = numbers.threshold_rate
+        adam(weights.threshold, level_gradient, first.threshold, second.threshold, rate, numbers)
     _count_silence(weights, fired, silent_for, pull, numbers)
 
 
