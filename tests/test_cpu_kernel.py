@@ -120,6 +120,22 @@ def test_screening_allows_for_the_rounding_of_what_the_margin_holds():
     assert_identical(*states)
 
 
+def test_screening_allows_for_the_rounding_of_what_is_stored():
+    """A product of 257 is stored as 256 in bfloat16, below the threshold; its factors are exact."""
+    weights = as_weights(
+        W_enc_t=torch.ones(1, 257),
+        b_enc=torch.zeros(1),
+        W_dec=F.normalize(torch.ones(1, 257), dim=1),
+        b_in=torch.zeros(257),
+        b_dec=torch.zeros(257),
+        threshold=torch.tensor([256.5]),
+        dtype=FULL,
+    )
+    x = torch.ones(1, 257)
+    _, figures = run(CpuKernel(), begin(weights), x, x, options(bandwidth=1e-3, product_dtype=LOW))
+    assert figures.l0.tolist() == [1]
+
+
 def test_topk_is_right_whatever_the_first_bound_was(monkeypatch):
     """Also where bfloat16 rounds the best pre-activation, 259.01, to 256, and another passes at 259.00."""
     x = torch.full((1, 257), 1 + 2**-8)
@@ -242,6 +258,7 @@ def test_more_candidates_than_planned_are_served_and_told_once(caplog):
     found = run(kernel, copied(state), x, y, told, 3)
     assert found[1].l0.tolist() == [300] * 300
     assert_close(found, run(None, state, x, y, told, 3))
+    run(kernel, copied(state), torch.cat([x, x]), torch.cat([y, y]), told)
     (line,) = caplog.records
     assert "planned for 4 candidates a row, it met 300" in line.getMessage()
     caplog.clear()
@@ -314,18 +331,20 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(value, variant):
 
 def test_weights_changed_by_hand_need_a_refresh():
     weights, x, y = problem(100, 17, 300, dtype=FULL)
-    state, kernel = begin(weights), CpuKernel()
-    told = options(product_dtype=LOW)
-    run(kernel, state, x, y, told)
-    state.weights.W_enc_t.mul_(-3)
-    expected, stale = copied(state), copied(state)
-    kernel._screens[stale] = kernel._screens[state]
+    told, states, kernels = options(product_dtype=LOW), [], []
+    for told_of_it in (True, False):
+        states.append(copied(begin(weights)))
+        kernels.append(CpuKernel())
+        run(kernels[-1], states[-1], x, y, told)
+        states[-1].weights.W_enc_t.mul_(-3)
+        if told_of_it:
+            kernels[-1].refresh(states[-1])
+    expected = copied(states[0])
     run(CpuKernel(), expected, x, y, told)
-    run(kernel, stale, x, y, told)
-    assert not torch.equal(stale.weights.W_dec, expected.weights.W_dec)
-    kernel.refresh(state)
-    run(kernel, state, x, y, told)
-    assert_identical(state, expected)
+    for kernel, state in zip(kernels, states, strict=True):
+        run(kernel, state, x, y, told)
+    assert_identical(states[0], expected)
+    assert not torch.equal(states[1].weights.W_dec, expected.weights.W_dec)
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
