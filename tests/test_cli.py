@@ -160,7 +160,7 @@ def test_a_store_is_harvested_described_and_trained_from(inputs, tmp_path, capfd
 def test_the_demo_does_it_all_and_opens_a_finished_one_again(inputs, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = "--width 64 --l0 4 --tokens 600 --passes 2 --batch 64 --context 16 --layers 1-2".split()
-    sizes = "--eval-tokens 200 --loss-tokens 100 --index-tokens 200 --no-view --device cpu".split()
+    sizes = "--held-out-tokens 200 --loss-tokens 100 --no-view --device cpu".split()
     assert main(["demo", *inputs, *flags, *sizes]) == 0
     out = capfd.readouterr().out
     assert "delta CE" in out

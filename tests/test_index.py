@@ -20,7 +20,6 @@ from viewer_fakes import (
 
 from activations.blocks import TokenBlocks
 from sae import UserError
-from viewer import index as index_module
 from viewer.accumulate import N_BINS, histogram_bin, histogram_edges
 from viewer.index import build_index
 from viewer.lens import linear_part, top_logits
@@ -113,7 +112,7 @@ def test_one_forward_pass_serves_all_sites_and_progress_ends_at_its_total(tmp_pa
     assert seen[-1][0] == seen[-1][1] and [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_the_cut_into_batches_changes_nothing(tmp_path, monkeypatch):
+def test_the_cut_into_batches_changes_nothing(tmp_path):
     blocks = fake_blocks()
     whole = [
         TokenBlocks(
@@ -124,7 +123,6 @@ def test_the_cut_into_batches_changes_nothing(tmp_path, monkeypatch):
         )
     ]
     one, _, _ = build(tmp_path / "one", blocks)
-    monkeypatch.setattr(index_module, "_DENSE_ELEMENTS", 1)
     other, _, _ = build(tmp_path / "other", whole)
     for site in SITES:
         for name in (LATENTS, EXAMPLES, TOKENS):

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
@@ -17,17 +16,17 @@ from activations.models import LanguageModel
 from activations.splice import CleanRun, clean_run, spliced_final
 from sae.errors import UserError
 from sae.jumprelu import JumpReLU
+from sae.sparse import SparseEncoder, SparseLatents
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, tokens done, tokens in all)."""
 
+Watch = Callable[[str, TokenBlocks, SparseLatents], None]
+"""Called with (site, a batch of blocks, the latents at its kept positions in reading order)."""
+
 # edges of the histogram of log10(density); silent latents lie below all of them and are counted as dead
 DENSITY_EDGES = [-6 + 0.25 * i for i in range(25)]
 _LOSSES = "loss with each dictionary in the model"
-# the largest encoder output held at once, in elements: 64 MiB of fp32
-_ENCODE_ELEMENTS = 2**24
-# where more than one latent in so many fires, decoding them all as one product is faster
-_DENSE_DECODE = 16
 
 
 @torch.inference_mode()
@@ -38,7 +37,8 @@ def evaluate(
     *,
     tokens: int = 16_384,
     loss_tokens: int = 2_048,
-    baseline_tokens: int = 512,
+    baseline_tokens: int = 256,
+    watch: Watch | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measures every dictionary on the same held-out blocks; one dict of plain JSON values per site.
@@ -56,13 +56,16 @@ def evaluate(
     difference found there, and CE recovered is 1 - delta_ce / (ce_ablated - ce_clean). A number that cannot
     be had (one block has no standard error) is None.
 
+    `watch` is shown what the first pass finds, for others who want it (the feature index).
+
     Raises UserError when the blocks hold no token that could be scored.
     """
     if not dictionaries:
         raise UserError("there must be a dictionary to evaluate", "none", "give at least one site")
     report = progress or (lambda what, done, total: None)
     sites = _sites_read(dictionaries)
-    statistics = {site: _RowStatistics(dictionary) for site, dictionary in dictionaries.items()}
+    encoders = {site: SparseEncoder(dictionary) for site, dictionary in dictionaries.items()}
+    statistics = {site: _RowStatistics(encoder) for site, encoder in encoders.items()}
     kept_for_losses: list[TokenBlocks] = []
     wanted = max(loss_tokens, baseline_tokens)
     held = done = 0
@@ -71,13 +74,15 @@ def evaluate(
             kept_for_losses.extend(_first_blocks(batch, wanted - held))
             held = sum(int(part.keep.sum()) for part in kept_for_losses)
         acts = model.activations(batch.tokens.to(model.device), sites)
-        for statistic in statistics.values():
-            statistic.add(acts, batch.keep)
+        for site, statistic in statistics.items():
+            latents = statistic.add(acts, batch.keep)
+            if watch:
+                watch(site, batch, latents)
         done += int(batch.keep.sum())
         report("reconstruction on held-out text", min(done, tokens), tokens)
     if not done:
         raise _no_text("no token")
-    losses = _spliced_losses(model, dictionaries, statistics, kept_for_losses, baseline_tokens, report)
+    losses = _spliced_losses(model, encoders, statistics, kept_for_losses, baseline_tokens, report)
     return {site: statistics[site].summary() | losses[site] for site in dictionaries}
 
 
@@ -86,9 +91,10 @@ class _RowStatistics:
     the rows.
     """
 
-    def __init__(self, dictionary: JumpReLU) -> None:
-        self.dictionary = dictionary
-        cfg, device = dictionary.cfg, dictionary.W_dec.device
+    def __init__(self, encoder: SparseEncoder) -> None:
+        self.encoder = encoder
+        self.cfg, device = encoder.dictionary.cfg, encoder.dictionary.W_dec.device
+        cfg = self.cfg
         self.n = 0
         self.fired = torch.zeros(cfg.d_sae, dtype=torch.int64, device=device)
         # sums are about the mean of the first batch, so that a large mean costs no digits; FVU is then
@@ -97,24 +103,24 @@ class _RowStatistics:
         self.sum = torch.zeros(cfg.d_out, dtype=torch.float64, device=device)
         self.blocks = _RatioSums()
 
-    def add(self, acts: Mapping[str, Tensor], keep: Bool[Tensor, "block pos"]) -> None:
-        """Takes in one batch of blocks."""
-        cfg, device = self.dictionary.cfg, self.sum.device
+    def add(self, acts: Mapping[str, Tensor], keep: Bool[Tensor, "block pos"]) -> SparseLatents:
+        """Takes in one batch of blocks; returns the latents of its kept positions."""
+        device = self.sum.device
         keep = keep.to(device)
-        x_in, x_out = (acts[site].to(device)[keep].float() for site in (cfg.site_in, cfg.site_out))
+        x_in, x_out = (acts[site].to(device)[keep] for site in (self.cfg.site_in, self.cfg.site_out))
+        latents = self.encoder.encode(x_in)
         if not len(x_in):
-            return
+            return latents
+        x_out = x_out.float()
         if self.origin is None:
             self.origin = x_out.double().mean(0)
-        error = torch.empty(len(x_in), dtype=torch.float64, device=device)
-        for part in _row_slices(len(x_in), cfg.d_sae):
-            reconstruction, fired = _reconstruct(self.dictionary, x_in[part])
-            self.fired += fired
-            error[part] = (reconstruction - x_out[part]).double().square().sum(1)
+        self.fired += torch.bincount(latents.latent, minlength=self.cfg.d_sae)
+        error = (self.encoder.decode(latents) - x_out).double().square().sum(1)
         centred = x_out.double() - self.origin
         self.n += len(x_in)
         self.sum += centred.sum(0)
         self.blocks.add(_sum_by_block(error, keep), _sum_by_block(centred.square().sum(1), keep))
+        return latents
 
     @property
     def mean(self) -> Float[Tensor, " d_out"]:
@@ -135,7 +141,7 @@ class _RowStatistics:
         return {
             "n_tokens": self.n,
             "l0": int(self.fired.sum()) / self.n,
-            "l0_target": self.dictionary.cfg.l0_target,
+            "l0_target": self.cfg.l0_target,
             "fvu": _ratio(self.blocks.numerator, variance),
             "fvu_se": self.blocks.standard_error(),
             "dead": float((self.fired == 0).double().mean()),
@@ -192,7 +198,7 @@ class _SiteLosses:
 
 def _spliced_losses(
     model: LanguageModel,
-    dictionaries: Mapping[str, JumpReLU],
+    encoders: Mapping[str, SparseEncoder],
     statistics: Mapping[str, _RowStatistics],
     batches: list[TokenBlocks],
     baseline_tokens: int,
@@ -201,6 +207,7 @@ def _spliced_losses(
     """The second pass: every site's reconstruction in the model's stream, all sites' losses in one call a
     batch.
     """
+    dictionaries = {site: encoder.dictionary for site, encoder in encoders.items()}
     clean = _RatioSums()
     sums = {
         site: _SiteLosses(**{f.name: _RatioSums() for f in dataclasses.fields(_SiteLosses)})
@@ -219,7 +226,7 @@ def _spliced_losses(
         finals = [run.final[scored]]
         for site, dictionary in dictionaries.items():
             target_site = dictionary.cfg.site_out
-            for replacement in _replacements(dictionary, run, statistics[site].mean, with_baselines):
+            for replacement in _replacements(encoders[site], run, statistics[site].mean, with_baselines):
                 stream = run.acts[target_site]
                 mixed = torch.where(keep[..., None], replacement.to(stream), stream)
                 finals.append(spliced_final(model, tokens, run, target_site, mixed)[scored])
@@ -243,35 +250,17 @@ def _spliced_losses(
 
 
 def _replacements(
-    dictionary: JumpReLU, run: CleanRun, mean: Tensor, with_baselines: bool
+    encoder: SparseEncoder, run: CleanRun, mean: Tensor, with_baselines: bool
 ) -> Iterator[Float[Tensor, "block pos d_out"]]:
     """What is put in at the site: the reconstruction, then mean and zero when baselines are wanted."""
-    stream = run.acts[dictionary.cfg.site_in].to(dictionary.W_enc.device)
+    stream = run.acts[encoder.dictionary.cfg.site_in]
     rows = rearrange(stream, "block pos d_in -> (block pos) d_in")
-    parts = [_reconstruct(dictionary, rows[part])[0] for part in _row_slices(len(rows), dictionary.cfg.d_sae)]
-    reconstruction = rearrange(torch.cat(parts), "(block pos) d_out -> block pos d_out", pos=stream.shape[1])
-    reconstruction = reconstruction.to(stream.dtype)
+    flat = encoder.decode(encoder.encode(rows)).to(stream.dtype)
+    reconstruction = rearrange(flat, "(block pos) d_out -> block pos d_out", pos=stream.shape[1])
     yield reconstruction
     if with_baselines:
         yield mean.to(reconstruction).expand_as(reconstruction)
         yield torch.zeros_like(reconstruction)
-
-
-def _reconstruct(
-    dictionary: JumpReLU, x: Float[Tensor, "row d_in"]
-) -> tuple[Float[Tensor, "row d_out"], Int[Tensor, " d_sae"]]:
-    """The reconstruction, in the dictionary's dtype, and the rows on which each latent fires."""
-    latents = dictionary.encode(x)
-    pairs = (latents > 0).view(-1).nonzero()[:, 0]
-    row, latent = pairs // dictionary.cfg.d_sae, pairs % dictionary.cfg.d_sae
-    fired = torch.bincount(latent, minlength=dictionary.cfg.d_sae)
-    if len(pairs) * _DENSE_DECODE > latents.numel():
-        return dictionary.decode(latents), fired
-    starts = torch.searchsorted(row, torch.arange(len(x), device=row.device))
-    decoded = F.embedding_bag(
-        latent, dictionary.W_dec, starts, mode="sum", per_sample_weights=latents.view(-1)[pairs]
-    )
-    return decoded + dictionary.b_dec, fired
 
 
 def _loss_summary(clean: _RatioSums, part: _SiteLosses) -> dict[str, Any]:
@@ -354,11 +343,6 @@ def _split_at(batches: list[TokenBlocks], tokens: int) -> Iterator[tuple[TokenBl
 
 def _slice(batch: TokenBlocks, start: int, stop: int) -> TokenBlocks:
     return TokenBlocks(**{f.name: getattr(batch, f.name)[start:stop] for f in dataclasses.fields(batch)})
-
-
-def _row_slices(n: int, d_sae: int) -> Iterator[slice]:
-    step = max(1, _ENCODE_ELEMENTS // d_sae)
-    return (slice(start, start + step) for start in range(0, n, step))
 
 
 def _ratio(numerator: float | None, denominator: float | None) -> float | None:

@@ -3,9 +3,10 @@
 import dataclasses
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from sae.sparse import SparseLatents
 
 # A histogram bin is an eighth of an octave, cut at 2^e (1 + m/8): exponent and three leading mantissa bits
 # of the fp32 value, so binning is a shift, exact on every machine, and the same bins serve every latent of
@@ -31,9 +32,10 @@ def histogram_bin(values: Float[np.ndarray, "n"]) -> Int[np.ndarray, "n"]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Some whole token blocks and one site's latents on them; zero at positions that do not count."""
+    """Some whole token blocks and the latents that fire at one site on the positions that count."""
 
-    acts: Float[Tensor, "block pos d_sae"]
+    latents: SparseLatents
+    """A row for each position kept, in reading order."""
     tokens: Int[Tensor, "block pos"]
     document: Int[Tensor, "block pos"]
     position: Int[Tensor, "block pos"]
@@ -94,18 +96,16 @@ class SiteAccumulator:
 
     def add(self, chunk: Chunk) -> None:
         """Counts every firing of a chunk and lets the best of them into the examples."""
-        blocks, context, d_sae = chunk.acts.shape
-        self.tokens_seen += int(chunk.keep.sum())
-        flat = chunk.acts.reshape(blocks * context, d_sae)
-        where = flat.nonzero(as_tuple=True)
-        activation = flat[where].float().cpu().numpy()
-        row, latent = (index.cpu().numpy() for index in where)
-        self.firings += np.bincount(latent, minlength=d_sae)
-        self.total += np.bincount(latent, activation, minlength=d_sae)
-        np.maximum.at(self.maximum, latent, activation)
-        np.add.at(self.histogram.reshape(-1), latent * N_BINS + histogram_bin(activation), 1)
+        from viewer.loops import count_firings  # late: numba takes a second to import
+
+        place = chunk.keep.flatten().nonzero()[:, 0].cpu().numpy()
+        self.tokens_seen += len(place)
+        latents = chunk.latents
+        latent, activation = latents.latent.cpu().numpy(), latents.activation.float().cpu().numpy()
+        sums = (self.firings, self.total, self.maximum, self.histogram)
+        count_firings(latent, activation, histogram_bin(activation), *sums)
         worth = np.flatnonzero(activation >= self.activation[latent, -1])
-        row, latent = row[worth], latent[worth]
+        row, latent = place[latents.row.cpu().numpy()[worth]], latent[worth].astype(np.int64)
         new = Candidates(
             latent=latent,
             document=chunk.document.reshape(-1).cpu().numpy().astype(np.int64)[row],
@@ -179,14 +179,17 @@ class SiteAccumulator:
         return free_first[index[fresh], turn].astype(np.int32)
 
     def _store_windows(self, entries: Candidates, slot: np.ndarray, chunk: Chunk) -> None:
-        device, context = chunk.acts.device, chunk.acts.shape[1]
-        block, pos = (torch.from_numpy(x).to(device)[:, None] for x in np.divmod(entries.row, context))
-        around = torch.arange(-self.context_tokens, self.context_tokens + 1, device=device)
-        near = (pos + around).clamp(0, context - 1)
-        # a window ends where its document does: what a packed block holds beside it is another text
-        valid = (near == pos + around) & chunk.keep[block, near]
-        valid &= chunk.document[block, near] == chunk.document[block, pos]
-        tokens = torch.where(valid, chunk.tokens[block, near], -1)
-        values = chunk.acts[block, near, torch.from_numpy(entries.latent).to(device)[:, None]]
-        self._window_tokens[entries.latent, slot] = tokens.cpu().numpy()
-        self._window_values[entries.latent, slot] = values.float().cpu().numpy()
+        from viewer.loops import copy_windows
+
+        tokens, document, keep = (part.cpu().numpy() for part in (chunk.tokens, chunk.document, chunk.keep))
+        # the row of each position's latents; -1 where there is none
+        row = np.where(keep, np.cumsum(keep).reshape(keep.shape) - 1, -1)
+        lists = (
+            chunk.latents.starts.cpu().numpy(),
+            chunk.latents.latent.cpu().numpy(),
+            chunk.latents.activation.float().cpu().numpy(),
+        )
+        copy_windows(
+            entries.row, entries.latent, slot, tokens, document, row, *lists,
+            self._window_tokens, self._window_values,
+        )  # fmt: skip

@@ -1,7 +1,7 @@
 """Builds the feature index: what every latent of every site does on held-out text, in one pass."""
 
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,13 +13,12 @@ from torch import Tensor
 from activations.blocks import TokenBlocks
 from activations.int8 import HasUnembedding, Int8Vocabulary
 from sae import JumpReLU, UserError
+from sae.sparse import SparseEncoder, SparseLatents
 from viewer.accumulate import BINS_PER_OCTAVE, Chunk, SiteAccumulator, histogram_edges
 from viewer.lens import search_vocabulary, top_logits
 from viewer.storage import write_site
 
 LOGITS = 10
-# elements of the dense latents held at once: 256 MB in fp32
-_DENSE_ELEMENTS = 2**26
 _RESIDUAL_KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
 
@@ -53,72 +52,108 @@ def build_index(
 ) -> dict[str, Path]:
     """Indexes every latent of every site from one forward pass a batch of blocks. Returns {site: folder}.
 
+    What is kept of the text is said at `IndexBuilder`, of the files in `storage`. `out(site)` is the folder
+    to write. `corpus` is recorded. `tokens` is how many kept tokens `blocks` will bring: `progress` is called
+    with (done, total), which count those and then the latents written. Raises UserError when a dictionary
+    does not fit its site, when there is no token to index, or when the disk refuses.
+    """
+    builder = IndexBuilder(model, dictionaries, examples=examples, context_tokens=context_tokens)
+    encoders = {site: SparseEncoder(dictionary) for site, dictionary in dictionaries.items()}
+    seen = 0
+    for batch in blocks:
+        acts = model.activations(batch.tokens, sorted(set(builder.sites_read.values())))
+        for site, encoder in encoders.items():
+            x = acts[builder.sites_read[site]]
+            _check_fits(encoder.dictionary, x)
+            builder.add(site, batch, encoder.encode(x[batch.keep.to(x.device)]))
+        seen += int(batch.keep.sum())
+        if progress:
+            progress(seen, max(tokens, seen) + builder.n_latents)
+    return builder.write(
+        out,
+        corpus=corpus,
+        progress=progress and (lambda done, total: progress(seen + done, seen + total)),
+    )
+
+
+class IndexBuilder:
+    """Collects what every latent of every site does on some text, a batch of blocks at a time.
+
     For each latent, over the tokens where `blocks.keep` holds: firings, density, mean and maximum over
     firings, an exact histogram, the `examples` documents in which it fires hardest (each by its best token,
     with up to `context_tokens` tokens of the same document either side and the latent's activation on
     each), and the tokens its decoder row raises and lowers most (`lens.top_logits`; none for a site that
-    does not write to the residual stream). Files are described in `storage`. Memory does not grow with the
-    text: a site keeps d_sae * examples windows.
-
-    `out(site)` is the folder to write. `corpus` is recorded. `tokens` is how many kept tokens `blocks` will
-    bring: progress(done, total) counts those and then the latents written. Raises UserError when a
-    dictionary does not fit its site, when there is no token to index, or when the disk refuses.
+    does not write to the residual stream). Memory does not grow with the text: a site keeps d_sae * examples
+    windows.
     """
-    sites = {name: d.cfg.site_in or name for name, d in dictionaries.items()}
-    found = {
-        name: SiteAccumulator(d.cfg.d_sae, examples=examples, context_tokens=context_tokens)
-        for name, d in dictionaries.items()
-    }
-    n_latents = sum(d.cfg.d_sae for d in dictionaries.values())
-    seen = 0
-    for batch in blocks:
-        acts = model.activations(batch.tokens, sorted(set(sites.values())))
-        for name, dictionary in dictionaries.items():
-            for chunk in _encode(dictionary, acts[sites[name]], batch):
-                found[name].add(chunk)
-        seen += int(batch.keep.sum())
-        if progress:
-            progress(seen, max(tokens, seen) + n_latents)
-    if not seen:
-        raise UserError("the index needs text", "no token to index", "give a corpus with held-out documents")
-    vocabulary = search_vocabulary(model, n_latents)
-    folders, written = {}, 0
-    for name, dictionary in dictionaries.items():
-        folders[name] = out(name)
-        # popped, so that each site's memory is given back once it is on disk
-        _finish(model, dictionary, name, folders[name], found.pop(name), corpus, vocabulary)
-        written += dictionary.cfg.d_sae
-        if progress:
-            progress(seen + written, seen + n_latents)
-    return folders
+
+    def __init__(
+        self,
+        model: IndexModel,
+        dictionaries: Mapping[str, JumpReLU],
+        *,
+        examples: int = 20,
+        context_tokens: int = 24,
+    ) -> None:
+        self.model, self.dictionaries = model, dict(dictionaries)
+        self.sites_read = {site: d.cfg.site_in or site for site, d in dictionaries.items()}
+        """The site that each dictionary reads."""
+        self.n_latents = sum(d.cfg.d_sae for d in dictionaries.values())
+        self._found = {
+            site: SiteAccumulator(d.cfg.d_sae, examples=examples, context_tokens=context_tokens)
+            for site, d in dictionaries.items()
+        }
+
+    def add(self, site: str, batch: TokenBlocks, latents: SparseLatents) -> None:
+        """Takes in the latents at the kept positions of a batch, in reading order."""
+        if not bool(latents.activation.isfinite().all()):
+            where = self.sites_read[site]
+            raise UserError(
+                "latents must be finite", f"infinity or NaN at {where}", "train the dictionary again"
+            )
+        self._found[site].add(
+            Chunk(
+                latents=latents,
+                tokens=batch.tokens,
+                document=batch.document,
+                position=batch.position,
+                keep=batch.keep,
+            )
+        )
+
+    @torch.inference_mode()
+    def write(
+        self,
+        out: Callable[[str], Path],
+        *,
+        corpus: str = "",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, Path]:
+        """Writes every site's index, once: its memory is given back. `progress` counts latents."""
+        if not any(found.tokens_seen for found in self._found.values()):
+            raise UserError(
+                "the index needs text", "no token to index", "give a corpus with held-out documents"
+            )
+        vocabulary = search_vocabulary(self.model, self.n_latents)
+        folders, written = {}, 0
+        for site, dictionary in self.dictionaries.items():
+            folders[site] = out(site)
+            # popped, so that each site's memory is given back once it is on disk
+            found = self._found.pop(site)
+            _finish(self.model, dictionary, site, folders[site], found, corpus, vocabulary)
+            written += dictionary.cfg.d_sae
+            if progress:
+                progress(written, self.n_latents)
+        return folders
 
 
-def _encode(dictionary: JumpReLU, x: Tensor, batch: TokenBlocks) -> Iterator[Chunk]:
-    """One site's latents, a few blocks at a time to bound the dense array; zero where not kept."""
-    n_blocks, context, d_in = x.shape
+def _check_fits(dictionary: JumpReLU, x: Tensor) -> None:
     cfg = dictionary.cfg
-    if d_in != cfg.d_in:
+    if x.shape[-1] != cfg.d_in:
         raise UserError(
             "a dictionary must fit its site",
-            f"d_in {cfg.d_in} at {cfg.site_in}, which is {d_in} wide",
+            f"d_in {cfg.d_in} at {cfg.site_in}, which is {x.shape[-1]} wide",
             "use the model it was trained on",
-        )
-    step = max(1, _DENSE_ELEMENTS // (context * cfg.d_sae))
-    for start in range(0, n_blocks, step):
-        span = slice(start, start + step)
-        keep = batch.keep[span].to(x.device)
-        acts = dictionary.encode(x[span].to(dictionary.W_enc.device))
-        if acts.numel() and not acts.amax().isfinite():
-            raise UserError(
-                "latents must be finite", f"infinity or NaN at {cfg.site_in}", "train the dictionary again"
-            )
-        acts[~keep.to(acts.device)] = 0
-        yield Chunk(
-            acts=acts.to(x.device),
-            tokens=batch.tokens[span].to(x.device),
-            document=batch.document[span].to(x.device),
-            position=batch.position[span].to(x.device),
-            keep=keep,
         )
 
 

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels.cpu_step import PLANNED, Buffers, Screens, Step
+from sae.kernels.cpu_forward import PLANNED, Buffers, Screens
+from sae.kernels.cpu_step import Step
 from sae.kernels.step import Job, StepFigures, StepSettings, StepState
 from sae.kernels.workers import workers_for
 
@@ -71,7 +72,7 @@ class CpuKernel:
         screens = self._screens.get(state)
         low = settings.product_dtype if settings.product_dtype == torch.bfloat16 else None
         if screens is None or screens.low_dtype != low:
-            screens = self._screens[state] = Screens.of(state, low, workers)
+            screens = self._screens[state] = Screens.of(state.weights.W_enc_t, low, workers)
         step = Step(state, screens, settings, self._buffers, workers)
         figures = step.run(rows_in, rows_out)
         if step.grown and not self._said:

@@ -35,12 +35,8 @@ def run(argv: list[str]) -> None:
 
 def _make(options: DemoOptions, out: Path) -> None:
     config = options.train_config(str(out))
-    plan.show(
-        config,
-        eval_tokens=options.eval_tokens,
-        loss_tokens=options.loss_tokens,
-        index_tokens=options.index_tokens,
-    )
+    # the pass over held-out text is made once for both, so it is counted once
+    plan.show(config, eval_tokens=0, loss_tokens=options.loss_tokens, index_tokens=options.held_out_tokens)
     from train.cli import work  # late: mistakes above should not wait for transformers
 
     work.train(config)
@@ -55,12 +51,12 @@ def _finish(options: DemoOptions, folder: RunFolder) -> None:
         from train.cli import work
 
         loaded = work.load_run(folder.path, dtype=options.dtype, device=options.device)
-        if not measured:
-            work.measure(
-                loaded, EvalOptions(run=path, tokens=options.eval_tokens, loss_tokens=options.loss_tokens)
-            )
-        if not indexed:
-            work.build(loaded, IndexOptions(run=path, tokens=options.index_tokens))
+        tokens = options.held_out_tokens
+        measuring = EvalOptions(run=path, tokens=tokens, loss_tokens=options.loss_tokens)
+        if measured:
+            work.build(loaded, IndexOptions(run=path, tokens=tokens))
+        else:
+            work.measure(loaded, measuring, index=not indexed)
     metrics = folder.eval_table()
     stdout.print(eval_summary(metrics))
     note(eval_caption(metrics))

@@ -26,7 +26,7 @@ class EvalOptions:
     """Held-out tokens for L0, FVU and dead latents."""
     loss_tokens: Count = 2_048
     """Tokens, of these, for the loss with each dictionary in the model."""
-    baseline_tokens: Count = 512
+    baseline_tokens: Count = 256
     """Tokens, of these, for mean and zero ablation, whose losses are so large that few are enough."""
     corpus: str = ""
     """Other text to measure on; its held-out tenth is used. Empty: the run's own corpus."""
@@ -159,12 +159,10 @@ class DemoOptions:
     """The model's dtype. auto: bfloat16 where the hardware has it."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    eval_tokens: Count = 16_384
-    """Held-out tokens for L0, FVU and dead latents."""
+    held_out_tokens: Count = 32_768
+    """Held-out tokens for L0, FVU, dead latents and the feature index."""
     loss_tokens: Count = 2_048
     """Tokens, of these, for the loss with each dictionary in the model."""
-    index_tokens: Count = 32_768
-    """Held-out tokens to read for the feature index."""
     out: str = ""
     """Run folder to create. Empty: runs/demo, which is opened again once it is finished."""
     view: bool = True
@@ -175,7 +173,7 @@ class DemoOptions:
     """Port of the viewer."""
 
     def __post_init__(self) -> None:
-        _above_zero(self, "eval_tokens", "loss_tokens", "index_tokens")
+        _above_zero(self, "held_out_tokens", "loss_tokens")
         self.train_config("unused")  # its own checks, before anything is done
 
     def train_config(self, out: str) -> TrainConfig:

@@ -24,7 +24,7 @@ from train.config import TrainConfig
 from train.evals import evaluate
 from train.run_folder import RUN, RunFolder
 from train.trainer import train_run
-from viewer.index import build_index
+from viewer.index import IndexBuilder, build_index
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,8 +126,12 @@ def train(config: TrainConfig) -> RunFolder:
         raise
 
 
-def measure(loaded: LoadedRun, options: EvalOptions) -> dict[str, dict[str, Any]]:
-    """Evaluates the loaded dictionaries and merges what is found into the run's eval.json."""
+def measure(loaded: LoadedRun, options: EvalOptions, *, index: bool = False) -> dict[str, dict[str, Any]]:
+    """Evaluates the loaded dictionaries and merges what is found into the run's eval.json.
+
+    With `index` the same pass over `options.tokens` tokens makes the feature index too.
+    """
+    builder = IndexBuilder(loaded.model, loaded.dictionaries) if index else None
     wanted = max(options.tokens, options.loss_tokens, options.baseline_tokens)
     with progress() as report:
         metrics = evaluate(
@@ -137,6 +141,7 @@ def measure(loaded: LoadedRun, options: EvalOptions) -> dict[str, dict[str, Any]
             tokens=options.tokens,
             loss_tokens=options.loss_tokens,
             baseline_tokens=options.baseline_tokens,
+            watch=builder and builder.add,
             progress=report,
         )
     corpus = options.corpus or loaded.config.corpus
@@ -147,6 +152,13 @@ def measure(loaded: LoadedRun, options: EvalOptions) -> dict[str, dict[str, Any]
     }
     merged = loaded.folder.eval_table() | found
     loaded.folder.write_eval({site: merged[site] for site in loaded.folder.sites() if site in merged})
+    if builder:
+        with progress(unit="latents") as report:
+            builder.write(
+                loaded.folder.index_dir,
+                corpus=corpus,
+                progress=lambda done, total: report("feature index", done, total),
+            )
     return found
 
 

@@ -1,0 +1,135 @@
+"""A dictionary's latents as lists of those that fire: what most uses need, at less than the dense cost."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sae.jumprelu import JumpReLU
+from sae.kernels.dispatch import product_dtype
+from sae.kernels.step import StepWeights
+
+# the largest dense encoder output held at once, in elements: 64 MiB of fp32
+_DENSE_ELEMENTS = 2**24
+# rows whose lists are made at once
+_ROWS = 2048
+# latents a row that buffers are made for at first; they grow
+_PLANNED_L0 = 64.0
+# where more than one latent in so many fires, decoding them all as one product is faster
+_DENSE_DECODE = 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SparseLatents:
+    """The latents that fire on some rows: row r has those from `starts[r]` to `starts[r + 1]`, rising."""
+
+    starts: Int[Tensor, " row_plus_one"]
+    latent: Int[Tensor, " firing"]
+    activation: Float[Tensor, " firing"]
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.starts) - 1
+
+    @property
+    def row(self) -> Int[Tensor, " firing"]:
+        """The row of each firing."""
+        return torch.arange(len(self), device=self.starts.device).repeat_interleave(self.starts.diff())
+
+
+class SparseEncoder:
+    """Encodes rows with one dictionary into lists of the latents that fire; the weights must not change.
+
+    It gives what `JumpReLU.encode` gives but for the rounding of its sums. On a CPU the training step's
+    screening product finds the pairs and each is then computed by itself; elsewhere, and for dictionaries
+    that are not in fp32, the dense output is made, some rows at a time.
+    """
+
+    def __init__(self, dictionary: JumpReLU) -> None:
+        self.dictionary = dictionary
+        weight = dictionary.W_enc
+        screened = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self._screened = _Screened(dictionary) if screened else None
+
+    def encode(self, x: Float[Tensor, "row d_in"]) -> SparseLatents:
+        """The latents that fire on rows of raw activations. NaN or infinity in a row gives no promise."""
+        make = self._dense if self._screened is None else self._screened.encode
+        size = max(1, _DENSE_ELEMENTS // self.dictionary.cfg.d_sae) if self._screened is None else _ROWS
+        parts = [make(rows) for rows in x.to(self.dictionary.W_enc.device).split(size)]
+        if len(parts) == 1:
+            return parts[0]
+        counts = torch.cat([part.starts.diff() for part in parts] or [torch.empty(0, dtype=torch.long)])
+        return SparseLatents(
+            F.pad(counts.cumsum(0), (1, 0)),
+            torch.cat([part.latent for part in parts]),
+            torch.cat([part.activation for part in parts]),
+        )
+
+    def decode(self, latents: SparseLatents) -> Float[Tensor, "row d_out"]:
+        """The reconstruction of encoded rows, in the dictionary's dtype."""
+        dictionary = self.dictionary
+        n, d_sae = len(latents), dictionary.cfg.d_sae
+        if len(latents.latent) * _DENSE_DECODE > n * d_sae:
+            dense = torch.zeros(n, d_sae, dtype=latents.activation.dtype, device=latents.starts.device)
+            dense[latents.row, latents.latent.long()] = latents.activation
+            return dictionary.decode(dense)
+        decoded = F.embedding_bag(
+            latents.latent,
+            dictionary.W_dec,
+            latents.starts[:-1].to(latents.latent.dtype),
+            mode="sum",
+            per_sample_weights=latents.activation,
+        )
+        return decoded + dictionary.b_dec
+
+    def _dense(self, x: Float[Tensor, "row d_in"]) -> SparseLatents:
+        acts = self.dictionary.encode(x)
+        row, latent = acts.nonzero(as_tuple=True)
+        counts = torch.bincount(row, minlength=len(x))
+        return SparseLatents(F.pad(counts.cumsum(0), (1, 0)), latent, acts[row, latent])
+
+
+class _Screened:
+    """The way of the training step on a CPU (sae/kernels/cpu.py)."""
+
+    def __init__(self, dictionary: JumpReLU) -> None:
+        from sae.kernels.cpu_forward import Buffers, Screens  # late: numba takes a second to import
+        from sae.kernels.workers import workers_for
+
+        cfg = dictionary.cfg
+        W_enc_t = dictionary.W_enc.detach().T.contiguous()
+        centre, b_enc = torch.zeros(cfg.d_in), dictionary.b_enc.detach()
+        if cfg.site_in == cfg.site_out:
+            # a mean that all rows share would widen the product's error, and all pairs would pass the screen
+            centre = dictionary.b_dec.detach().clone()
+            b_enc = (b_enc.double() + W_enc_t.double() @ centre.double()).float()
+        self._weights = StepWeights(
+            W_enc_t=W_enc_t,
+            b_enc=b_enc,
+            W_dec=dictionary.W_dec.detach(),
+            b_in=centre,
+            b_dec=dictionary.b_dec.detach(),
+            threshold=dictionary.threshold.detach(),
+        )
+        # the gate is pre > threshold, and only positive latents fire
+        self._gate = dictionary.threshold.detach().clamp(min=0).numpy()
+        low = product_dtype(W_enc_t.device)
+        self._workers = workers_for(torch.get_num_threads())
+        self._screens = Screens.of(W_enc_t, low if low == torch.bfloat16 else None, self._workers)
+        self._buffers = Buffers()
+
+    def encode(self, x: Float[Tensor, "row d_in"]) -> SparseLatents:
+        from sae.kernels.cpu_forward import Forward
+
+        step = Forward(
+            self._weights, self._screens, self._buffers, self._workers, gate=self._gate, l0=_PLANNED_L0
+        )
+        step.begin(x, x[:, :0])
+        step.encode()
+        starts, latent, activation = step.lists()
+        firing = slice(int(starts[-1]))
+        # copies: the buffers serve the next rows
+        lists = (starts, latent[firing], activation[firing])
+        return SparseLatents(*(torch.from_numpy(part.copy()) for part in lists))
