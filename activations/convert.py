@@ -1,5 +1,6 @@
 """A .gguf file becomes a transformers folder: written beside, flushed, renamed, and checked when read."""
 
+import functools
 import importlib.metadata
 import io
 import logging
@@ -11,6 +12,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from filelock import FileLock
 
 from activations.gguf_file import check_whole
@@ -69,7 +71,7 @@ def convert(gguf: Path, folder: Path, *, progress: bool) -> None:
     dtype = torch.float32 if head.exact else torch.bfloat16
     logger.info("Converting %s (once; this takes about a minute for 270M parameters).", gguf.name)
     folder.mkdir()
-    with nullcontext() if progress else quiet():
+    with nullcontext() if progress else quiet(), _head_read_once():
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=dtype, local_files_only=True, **_dequantize()
@@ -104,6 +106,28 @@ def quiet() -> Iterator[None]:
     finally:
         if shown:
             theirs.enable_progress_bar()
+
+
+@contextmanager
+def _head_read_once() -> Iterator[None]:
+    """Within it the .gguf reader that transformers asks for is made once for a file, and reads plain memory.
+
+    Otherwise it is made three times, and each takes a vocabulary apart through numpy.memmap, number by number:
+    half of the time that a conversion takes.
+    """
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, *args: Any, **kwargs: Any) -> Any:
+            self.data = self.data.view(np.ndarray)  # pyright: ignore[reportAttributeAccessIssue]
+            return super()._get(*args, **kwargs)
+
+    theirs = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(Reader)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = theirs
 
 
 def _dequantize() -> dict[str, Any]:
