@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -14,6 +14,7 @@ from sae.files import atomic_write, make_folder
 T = TypeVar("T")
 ReadAt = Callable[[int, memoryview], int]
 """Fills a buffer with a file's bytes from an offset on; returns how many there were."""
+Append = Callable[[bytes | memoryview], object]
 
 # a single put there shows the old object or the whole new one; elsewhere a file is put beside and moved
 _WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "memory"}
@@ -102,20 +103,20 @@ class Place:
 
             yield read_at
 
-    def write(self, name: str, write: Callable[[BinaryIO], T]) -> T:
-        """Writes a new file by handing `write` a file to fill, and returns what that returns.
+    def write(self, name: str, write: Callable[[Append], T]) -> T:
+        """Writes a new file by handing `write` what appends to it, and returns what that returns.
 
         A local one is whole or absent. Behind a URL a failure may leave a part, so nobody may read such a
         file before another one, written later, names it.
         """
         if self.folder is None:
             with self._reached(), self._fs.open(self._file(name), "wb") as file:
-                return write(file)
+                return write(file.write)
         result: list[T] = []
 
         def fill(path: Path) -> None:
             with path.open("wb") as file:
-                result.append(write(file))
+                result.append(write(file.write))
 
         atomic_write(self.folder / name, fill)
         return result[0]

@@ -7,12 +7,12 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from activations.places import Place
+from activations.places import Append, Place
 from sae.errors import UserError
 
 MAP = ("document", "position", "token")
@@ -54,7 +54,7 @@ def shard_fields(widths: Mapping[str, int], dtype: torch.dtype, rows: int) -> di
 
 
 def write_shard(
-    file: BinaryIO, fields: Mapping[str, Field], parts: Callable[[str], Iterable[Tensor]]
+    append: Append, fields: Mapping[str, Field], parts: Callable[[str], Iterable[Tensor]]
 ) -> dict[str, Any]:
     """Writes a shard from the pieces that `parts` gives of each field; returns its bytes and its sha256."""
     offset, header = 0, {}
@@ -72,7 +72,7 @@ def write_shard(
 
     def put(content: bytes | memoryview) -> None:
         nonlocal size
-        file.write(content)
+        append(content)
         digest.update(content)
         size += len(content)
 
@@ -142,4 +142,4 @@ def _places(path: str, text: bytes, room: int, fields: Mapping[str, Field]) -> d
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     # numpy has no bfloat16; an empty tensor cannot be cast
-    return memoryview(tensor.view(torch.uint8).numpy().reshape(-1)) if tensor.numel() else memoryview(b"")
+    return tensor.view(torch.uint8).numpy().reshape(-1).data if tensor.numel() else memoryview(b"")

@@ -219,7 +219,7 @@ class _Committer:
         name = f"shard-{number:05d}.safetensors"
         self._check_owner()
         entry = self._place.write(
-            name, lambda file: write_shard(file, fields, lambda field: self._parts(rows, order, field))
+            name, lambda append: write_shard(append, fields, lambda field: self._parts(rows, order, field))
         )
         self._manifest["shards"] = {**self._manifest["shards"], name: {"rows": count, **entry}}
         self._manifest["rows"] += count

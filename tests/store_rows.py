@@ -1,4 +1,6 @@
-"""What the store's tests share: rows whose values say which row they are, as a stream that can start anywhere."""
+"""What the store's tests share: known rows, as a stream that can start between any two batches."""
+
+import json
 
 import torch
 
@@ -80,8 +82,6 @@ def assert_same(got, expected):
 
 def files(folder):
     """Bytes of each file of a store, apart from its lock; of the manifest, what does not name the writer."""
-    import json
-
     found = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != ".lock"}
     manifest = json.loads(found.pop("manifest.json"))
     for key in ("writer", "checksum"):
