@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,6 +52,18 @@ def shard_fields(widths: Mapping[str, int], dtype: torch.dtype, rows: int) -> di
         fields |= {scale_name(site): Field(torch.float32, (rows,)) for site in widths}
     # the widest types first: then each tensor begins at a multiple of its own type's size
     return fields | {site: Field(dtype, (rows, width)) for site, width in widths.items()}
+
+
+def empty_fields(fields: Mapping[str, Field]) -> dict[str, Tensor]:
+    """Tensors for the fields, in one piece of memory."""
+    # numpy asks the system for large pages, torch does not: with small ones, touching fresh memory for the
+    # first time takes longer than reading a file into it
+    memory = torch.from_numpy(np.empty(sum(field.nbytes for field in fields.values()), dtype=np.uint8))
+    made, offset = {}, 0
+    for name, field in fields.items():
+        made[name] = memory[offset : offset + field.nbytes].view(field.dtype).view(field.shape)
+        offset += field.nbytes
+    return made
 
 
 def write_shard(

@@ -27,7 +27,7 @@ from activations.order import permutation
 from activations.places import Place
 from activations.quantise import Quantiser
 from activations.ring import RowStatistics
-from activations.shards import MAP, read_shard, scale_name, shard_fields, torn
+from activations.shards import MAP, empty_fields, read_shard, scale_name, shard_fields, torn
 from sae.errors import UserError
 
 FORMAT, VERSION = "jumpscope-activations", 2
@@ -130,13 +130,7 @@ class Store:
             return
         most = max(shards[number][1]["rows"] for number in todo)
         # two sets, each read into again and again: fresh memory for every shard costs as much as reading it
-        buffers = [
-            {
-                name: torch.empty(field.shape, dtype=field.dtype)
-                for name, field in shard_fields(widths, self._dtype_on_disk, most).items()
-            }
-            for _ in todo[:2]
-        ]
+        buffers = [empty_fields(shard_fields(widths, self._dtype_on_disk, most)) for _ in todo[:2]]
 
         def fill(turn: int) -> dict[str, Tensor]:
             name, entry = shards[todo[turn]]
@@ -178,15 +172,16 @@ class Store:
         quantisers = self._quantisers(widths)
         for begin in range(skip, rows, _READ_ROWS):
             chosen = index[begin : begin + _READ_ROWS]
-            batch = {}
-            for site in widths:
-                batch[site] = parts[site].index_select(0, chosen)
-                if site in quantisers:
-                    scales = parts[scale_name(site)].index_select(0, chosen)
-                    batch[site] = quantisers[site].decode(batch[site], scales).to(self.dtype)
+            batch = empty_fields(shard_fields(widths, self._dtype_on_disk, len(chosen)))
+            for key, buffer in batch.items():
+                torch.index_select(parts[key], 0, chosen, out=buffer)
+            decoded = {
+                site: quantiser.decode(batch[site], batch[scale_name(site)]).to(self.dtype)
+                for site, quantiser in quantisers.items()
+            }
             yield RowBatch(
-                rows=batch,
-                map=RowMap(*(parts[key].index_select(0, chosen) for key in MAP)),
+                rows={site: decoded.get(site, batch[site]) for site in widths},
+                map=RowMap(*(batch[key] for key in MAP)),
                 begin=Cursor(kept=first + begin),
             )
 

@@ -21,7 +21,7 @@ from activations.order import permutation
 from activations.places import Place
 from activations.quantise import Quantiser
 from activations.ring import RunningStatistics
-from activations.shards import MAP, scale_name, shard_fields, write_shard
+from activations.shards import MAP, empty_fields, scale_name, shard_fields, write_shard
 from activations.store import FORMAT, MANIFEST, VERSION, Store, manifest_bytes, open_store
 from sae.errors import UserError
 from sae.files import disk_errors
@@ -179,8 +179,7 @@ class _Harvest:
             pending.result()
 
     def _new_buffers(self) -> dict[str, Tensor]:
-        fields = shard_fields(self._widths, self._dtype, self._shard_rows)
-        return {name: torch.empty(field.shape, dtype=field.dtype) for name, field in fields.items()}
+        return empty_fields(shard_fields(self._widths, self._dtype, self._shard_rows))
 
 
 class _Committer:
