@@ -65,7 +65,11 @@ class Place:
         if self.folder is not None:
             if not self.folder.is_dir():
                 return {}
-            return {path.name: path.stat().st_size for path in self.folder.iterdir()}
+            sizes = {}
+            for path in self.folder.iterdir():
+                with contextlib.suppress(FileNotFoundError):  # a writer's temporary file comes and goes
+                    sizes[path.name] = path.stat().st_size
+            return sizes
         with self._reached():
             self._fs.invalidate_cache(self._path)
             try:

@@ -46,4 +46,4 @@ class Quantiser:
     def decode(
         self, q: Int8[Tensor, "row d_in"], scales: Float32[Tensor, " row"]
     ) -> Float32[Tensor, "row d_in"]:
-        return (q.float() * scales[:, None]).mul_(self.col).add_(self.mean)
+        return q.float().mul_(scales[:, None]).mul_(self.col).add_(self.mean)

@@ -20,7 +20,11 @@ def run(argv: list[str]) -> None:
         note(f"{options.out} holds {begun.rows:,} rows: going on from there")
     from train.cli import work  # late: a mistake above should not wait for transformers
 
-    store = work.harvest(options)
+    try:
+        store = work.harvest(options)
+    except KeyboardInterrupt:
+        note(f"the same command goes on with {options.out} after its last whole shard")
+        raise
     if begun is not None and begun.complete and store.rows == begun.rows:
         say(f"Nothing to do: {options.out} holds {store.rows:,} of {options.tokens:,} rows asked for.")
     else:
