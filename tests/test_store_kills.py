@@ -20,6 +20,7 @@ from activations.ring import ShuffleRing
 from activations.sites import expand_sites
 from activations.store import open_store
 from activations.store_writer import StoreFacts, write_store
+from sae.errors import UserError
 
 TOKENS = 500
 SHARD_BYTES = 64 * (4 * 32 * 4 + 12)
@@ -158,6 +159,27 @@ def test_kills_at_random_times_change_nothing(seed, tiny_model, corpus, straight
         assert exit_code(child) in (0, -signal.SIGKILL)
     assert exit_code(in_child(lambda: harvest(tmp_path / "s", tiny_model, corpus))) == 0
     assert files(tmp_path / "s") == straight
+
+
+def test_a_store_that_another_process_writes_is_refused_until_that_one_dies(tiny_model, corpus, tmp_path):
+    folder = tmp_path / "s"
+
+    def stuck():
+        tiny_model.activations = lambda *_: time.sleep(60)
+        harvest(folder, tiny_model, corpus)
+
+    child = in_child(stuck)
+    try:
+        while not (folder / ".lock").exists():
+            assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        time.sleep(0.2)  # the file is there just before the lock is held
+        with pytest.raises(UserError, match="another process"):
+            harvest(folder, tiny_model, corpus)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        exit_code(child)
+    harvest(folder, tiny_model, corpus)
+    assert open_store(folder).rows == TOKENS
 
 
 def test_the_store_is_what_a_live_harvest_gives(tiny_model, corpus, tmp_path):

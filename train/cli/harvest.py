@@ -1,6 +1,7 @@
 """`jumpscope harvest`."""
 
 from activations.store_writer import begun_store
+from sae.errors import UserError
 from sae.numbers import format_size
 from train.cli.console import note, say
 from train.cli.options import HarvestOptions
@@ -22,8 +23,9 @@ def run(argv: list[str]) -> None:
 
     try:
         store = work.harvest(options)
-    except KeyboardInterrupt:
-        note(f"the same command goes on with {options.out} after its last whole shard")
+    except (KeyboardInterrupt, UserError) as error:
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, OSError):
+            note(f"the same command goes on with {options.out} after its last whole shard")
         raise
     if begun is not None and begun.complete and store.rows == begun.rows:
         say(f"Nothing to do: {options.out} holds {store.rows:,} of {options.tokens:,} rows asked for.")
