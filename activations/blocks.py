@@ -1,5 +1,6 @@
 """Token blocks: documents packed into equal rows for the model, with the way back to each document."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,20 @@ class Tokenizes(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cursor:
+    """A place between two batches of a stream: all that is needed to go on from there."""
+
+    epoch: int = 0
+    """Passes over the corpus made."""
+    document: int = 0
+    """Documents of this pass, in its order, that are wholly packed."""
+    offset: int = 0
+    """Tokens of the next document that are packed."""
+    kept: int = 0
+    """Kept tokens so far; of rows: the number of the next one."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenBlocks:
     """A few blocks of tokens, on the CPU, and where each token comes from.
@@ -44,6 +59,8 @@ class TokenBlocks:
     document: Int32[Tensor, "block pos"]
     position: Int32[Tensor, "block pos"]
     keep: Bool[Tensor, "block pos"]
+    begin: Cursor | None = None
+    """Where the stream stood before this batch; None for blocks that are no part of one."""
 
 
 def iter_blocks(
@@ -56,6 +73,7 @@ def iter_blocks(
     seed: int = 0,
     max_tokens: int | None = None,
     epochs: int | None = 1,
+    start: Cursor | None = None,
 ) -> Iterator[TokenBlocks]:
     """Packs a corpus into blocks of `context` tokens, a batch of blocks at a time.
 
@@ -64,7 +82,9 @@ def iter_blocks(
     padded, the last batch may have fewer blocks. Texts are tokenised as they are needed.
 
     `max_tokens` stops after exactly that many kept tokens. `epochs` is the number of passes over the
-    corpus, None for no end; each pass of a finite corpus has its own order. Raises UserError.
+    corpus, None for no end; each pass of a finite corpus has its own order. `start`, the `begin` of a batch
+    that the same call gave before, gives that batch and those after it again, without tokenising what
+    comes before. Raises UserError.
     """
     if not 2 <= context <= model.max_context:
         raise UserError(
@@ -79,14 +99,27 @@ def iter_blocks(
     ):
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1", str(value), f"give a larger {name}")
-    texts = _tokenised(model, corpus, split, seed, epochs)
-    return _batches(_limit(_pack(model, texts, context), max_tokens), blocks_per_batch)
+    start = start or Cursor()
+    texts = _tokenised(model, corpus, split, seed, epochs, start)
+    blocks = _pack(model, texts, context, start.offset)
+    return _batches(_limit(blocks, max_tokens, start.kept), blocks_per_batch)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A tokenised document and its place: the pass over the corpus, and its number in that pass."""
+
+    epoch: int
+    number: int
+    id: int
+    tokens: np.ndarray
 
 
 class _Block:
     """One block while it is filled: plain arrays, so that packing costs little beside tokenising."""
 
     def __init__(self, context: int, pad: int) -> None:
+        self.begin = Cursor()
         self.tokens = np.full(context, pad, dtype=np.int32)
         self.document = np.full(context, -1, dtype=np.int32)
         self.position = np.full(context, -1, dtype=np.int32)
@@ -118,32 +151,37 @@ class _Block:
 
 
 def _tokenised(
-    model: Tokenizes, corpus: Corpus, split: Split, seed: int, epochs: int | None
-) -> Iterator[tuple[int, np.ndarray]]:
-    for epoch in itertools.count() if epochs is None else range(epochs):
+    model: Tokenizes, corpus: Corpus, split: Split, seed: int, epochs: int | None, start: Cursor
+) -> Iterator[_Text]:
+    for epoch in itertools.count(start.epoch) if epochs is None else range(start.epoch, epochs):
+        skipped = start.document if epoch == start.epoch else 0
         n_tokens = 0
-        for document in corpus.documents(split, seed + _SEED_STRIDE * epoch):
+        documents = corpus.documents(split, seed + _SEED_STRIDE * epoch)
+        for number, document in enumerate(itertools.islice(documents, skipped, None), skipped):
             ids = np.array(model.encode(document.text), dtype=np.int32)
             n_tokens += len(ids)
-            yield document.id, ids
-        if not n_tokens:  # without this an endless pass would spin for ever
+            yield _Text(epoch, number, document.id, ids)
+        if not n_tokens and not skipped:  # without this an endless pass would spin for ever
             raise UserError(
                 "the corpus must hold tokens", f"no token in {corpus.name}", "give another corpus"
             )
 
 
-def _pack(model: Tokenizes, texts: Iterable[tuple[int, np.ndarray]], context: int) -> Iterator[_Block]:
+def _pack(model: Tokenizes, texts: Iterable[_Text], context: int, offset: int) -> Iterator[_Block]:
+    """Blocks in their order; the first text is packed from `offset` on."""
     special = np.array(sorted(model.special_ids), dtype=np.int32)
     bos = model.bos_id
     # padding follows every token of the last block, so under causal attention its identity changes nothing
     pad = bos if bos is not None else int(special[0]) if len(special) else 0
     block = _Block(context, pad)
-    for document, ids in texts:
-        start = 0
-        while start < len(ids):
+    for text in texts:
+        start, offset = offset, 0
+        while start < len(text.tokens):
+            if not block.filled:
+                block.begin = Cursor(epoch=text.epoch, document=text.number, offset=start)
             if bos is not None and (start == 0 or block.filled == 0):
                 block.separate(bos)
-            start += block.take(ids, document, start)
+            start += block.take(text.tokens, text.id, start)
             if not block.room:
                 yield block.finish(special)
                 block = _Block(context, pad)
@@ -151,14 +189,14 @@ def _pack(model: Tokenizes, texts: Iterable[tuple[int, np.ndarray]], context: in
         yield block.finish(special)
 
 
-def _limit(blocks: Iterable[_Block], max_tokens: int | None) -> Iterator[_Block]:
-    left = max_tokens
+def _limit(blocks: Iterable[_Block], max_tokens: int | None, kept: int) -> Iterator[_Block]:
     for block in blocks:
-        if left is not None:
-            block.keep &= np.cumsum(block.keep) <= left
-            left -= int(block.keep.sum())
+        block.begin = dataclasses.replace(block.begin, kept=kept)
+        if max_tokens is not None:
+            block.keep &= np.cumsum(block.keep) <= max_tokens - kept
+        kept += int(block.keep.sum())
         yield block
-        if left == 0:
+        if kept == max_tokens:
             return
 
 
@@ -169,4 +207,5 @@ def _batches(blocks: Iterator[_Block], size: int) -> Iterator[TokenBlocks]:
             document=torch.from_numpy(np.stack([block.document for block in batch])),
             position=torch.from_numpy(np.stack([block.position for block in batch])),
             keep=torch.from_numpy(np.stack([block.keep for block in batch])),
+            begin=batch[0].begin,
         )

@@ -9,7 +9,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
-from activations.blocks import TokenBlocks
+from activations.blocks import Cursor, TokenBlocks
 from sae.errors import UserError
 
 
@@ -34,6 +34,8 @@ class RowBatch:
 
     rows: Mapping[str, Float[Tensor, "row _"]]
     map: RowMap
+    begin: Cursor | None = None
+    """Where the stream stood before these rows."""
 
     def __len__(self) -> int:
         return len(self.map)
@@ -65,6 +67,7 @@ def harvest_rows(model: Activates, blocks: Iterable[TokenBlocks], sites: Sequenc
                 map=RowMap(
                     *(part.flatten()[kept] for part in (block.document, block.position, block.tokens))
                 ),
+                begin=block.begin,
             )
 
 

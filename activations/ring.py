@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,17 @@ class RunningStatistics:
             self._spread += spread + float(gap.square().sum()) * self.n * n / (self.n + n)
             self._mean += gap * (n / (self.n + n))
             self.n += n
+
+    @classmethod
+    def from_state(cls, mean: Sequence[float], spread: float, n: int) -> "RunningStatistics":
+        """Goes on, to the bit, from what `state` gave."""
+        made = cls(len(mean))
+        made._mean, made._spread, made.n = torch.tensor(mean, dtype=torch.float64), spread, n
+        return made
+
+    def state(self) -> tuple[list[float], float]:
+        """The mean, and the sum of squared distances to it, as plain floats."""
+        return self._mean.tolist(), self._spread
 
     def result(self) -> RowStatistics:
         return RowStatistics(

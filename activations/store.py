@@ -1,261 +1,258 @@
 """An activation store: harvested rows on disk, in plain safetensors shards under one manifest.
 
 NAME/
-  manifest.json            written last: what the rows are, and a checksum for each other file
-  statistics.safetensors   the mean row of each site, float32 [d_in]
+  manifest.json            what the rows are, mean and scale of each site, a checksum for each shard, and
+                           where the harvest goes on; replaced after each shard
   shard-00000.safetensors  each site's rows [row, d_in]; document, position and token, int32 [row]
   ...
+
+Rows are numbered from 0 in the order of the harvest. Within a shard they lie in a hashed order, so that
+whoever reads the start of a shard gets many documents. A shard that the manifest does not list is not there.
 """
 
-import importlib.metadata
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from activations.blocks import Cursor
 from activations.harvest import RowBatch, RowMap
-from activations.ring import RowStatistics, RunningStatistics
+from activations.order import permutation
+from activations.places import Place
+from activations.quantise import Quantiser
+from activations.ring import RowStatistics
+from activations.shards import MAP, empty_fields, read_shard, scale_name, shard_fields, torn
 from sae.errors import UserError
-from sae.files import disk_errors, load_tensors, make_folder, read_json, save_tensors, sha256_file, write_json
 
-FORMAT, VERSION = "jumpscope-activations", 1
-MANIFEST, STATISTICS = "manifest.json", "statistics.safetensors"
-SHARD_BYTES = 256 * 2**20
-_MAP = ("document", "position", "token")
-_READ_ROWS = 8192
-_PACKAGES = ("torch", "transformers", "transformer-lens", "safetensors")
+FORMAT, VERSION = "jumpscope-activations", 2
+MANIFEST = "manifest.json"
+Order = Literal["harvested", "stored"]
+_READ_ROWS = 2048
+_HASH_BYTES = 8 * 2**20
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoreFacts:
-    """What the rows of a store are; kept in its manifest, so that nobody trains on what they did not mean."""
+def open_store(url: Path | str, *, check_sizes: bool = True) -> "Store":
+    """Opens a store at a path or URL, reading its manifest alone, and compares the shards' sizes.
 
-    model: str
-    tokenizer_hash: str
-    corpus: str
-    split: str
-    context: int
-    seed: int
-
-
-def check_new(folder: Path | str) -> None:
-    """Raises UserError unless a store can be written at `folder`: it must not exist, or be empty."""
-    folder = Path(folder).absolute()
-    if (folder / MANIFEST).exists():
-        raise UserError(
-            "a new store needs a folder of its own",
-            f"a store in {folder}",
-            "give another --out, or delete it",
-        )
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise UserError("a new store needs an empty folder", f"other files at {folder}", "give another --out")
-    if _partial(folder).exists():
-        raise UserError(
-            "a store is written under a temporary name that must be free",
-            f"{_partial(folder)}, of a harvest that was cut off or is still running",
-            "delete that folder, or wait for the other harvest",
-        )
-
-
-def write_store(
-    folder: Path | str,
-    source: Iterable[RowBatch],
-    facts: StoreFacts,
-    *,
-    shard_bytes: int = SHARD_BYTES,
-    on_rows: Callable[[int], None] | None = None,
-) -> "Store":
-    """Writes all rows of `source`, in their order, and opens the store.
-
-    It grows in FOLDER.partial and gets its name once it is whole; on any failure, Ctrl-C too, what was
-    written is removed. Memory: two shards of at most `shard_bytes`. `on_rows` is told the rows so far.
-    Raises UserError when the folder is taken, the disk refuses, or the source is empty.
+    Without `check_sizes` it opens with shards missing or cut short, so that `verify` can name them all.
+    Raises UserError for what is missing, torn or newer.
     """
-    folder = Path(folder).absolute()  # "." has no name to add to
-    check_new(folder)
-    partial = _partial(folder)
-    make_folder(folder.parent)
-    with disk_errors(partial):
-        partial.mkdir()
+    place = Place(url)
     try:
-        writer = _Writer(partial, shard_bytes)
-        for batch in source:
-            writer.add(batch)
-            if on_rows is not None:
-                on_rows(writer.rows)
-        writer.finish(facts)
-        with disk_errors(folder):
-            if folder.is_dir():
-                folder.rmdir()
-            partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return open_store(folder)
+        content = place.read(MANIFEST)
+    except OSError as error:
+        raise UserError(
+            f"a store is a folder with a {MANIFEST}",
+            f"none in {place} ({error.strerror or type(error).__name__})",
+            "check the path, or harvest it",
+        ) from error
+    manifest = _checked_manifest(place, content)
+    if check_sizes:
+        for name, found in _wrong_sizes(place, manifest).items():
+            raise torn(place.of(name), found)
+    return Store(place, manifest)
 
 
-def open_store(folder: Path | str) -> "Store":
-    """Opens a store, reading its manifest alone. Raises UserError for what is missing, torn or newer."""
-    folder = Path(folder)
-    if not (folder / MANIFEST).is_file():
-        raise UserError(
-            f"a store is a folder with a {MANIFEST}, which is written last",
-            f"none in {folder}",
-            "check the path, or harvest again",
-        )
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(f"{folder / MANIFEST} must describe a store", "something else", "check the path")
-    if manifest["version"] != VERSION:
-        raise UserError(
-            f"this program reads stores of version {VERSION}",
-            f"version {manifest['version']} in {folder}",
-            "update jumpscope, or harvest again",
-        )
-    for name, entry in manifest["files"].items():
-        size = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if size != entry["bytes"]:
-            found = "no such file" if size is None else f"{size} bytes"
-            raise _torn(folder / name, f"{found} instead of {entry['bytes']} bytes")
-    return Store(folder, manifest)
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """A manifest as it is written: with its own checksum, a line for each of its keys."""
+    whole = {**manifest, "checksum": _checksum(manifest)}
+    lines = (
+        f"{json.dumps(key)}: {json.dumps(value, allow_nan=False, ensure_ascii=False)}"
+        for key, value in whole.items()
+    )
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
 class Store:
-    """A store on disk: its manifest, and its rows as often as they are asked for."""
+    """A store on disk: its manifest, and its rows as often as they are asked for.
 
-    def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.sites: tuple[str, ...] = tuple(manifest["sites"])
+    `dtype` is that of the rows that are read; `complete` is False while a harvest is still to go on.
+    """
+
+    def __init__(self, place: Place, manifest: dict[str, Any]) -> None:
+        self.place, self.manifest = place, manifest
         self.widths: dict[str, int] = dict(manifest["widths"])
+        self.sites: tuple[str, ...] = tuple(self.widths)
         self.rows: int = manifest["rows"]
-        self.dtype: torch.dtype = getattr(torch, manifest["dtype"])
+        self.complete: bool = manifest["complete"]
+        self.dtype: torch.dtype = getattr(torch, manifest["rows_dtype"])
+        self._dtype_on_disk: torch.dtype = getattr(torch, manifest["dtype"])
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(entry["bytes"] for entry in self.manifest["shards"].values())
 
     @property
     def statistics(self) -> dict[str, RowStatistics]:
-        """Mean and scale of each site over all rows of the store."""
-        means = load_tensors(self.folder / STATISTICS)
-        scales = self.manifest["scale"]
-        return {site: RowStatistics(mean=means[site], scale=scales[site], n=self.rows) for site in self.sites}
+        """Mean and scale of each site over all rows as they were harvested, before any rounding."""
+        return {
+            site: RowStatistics(
+                mean=torch.tensor(entry["mean"], dtype=torch.float64).float(),
+                scale=entry["scale"],
+                n=self.rows,
+            )
+            for site, entry in self.manifest["statistics"].items()
+        }
 
-    def iter_rows(self, sites: Sequence[str] | None = None) -> Iterator[RowBatch]:
-        """All rows in their order, 8,192 at a time, read from mapped files: a source for a `ShuffleRing`.
+    def iter_rows(
+        self, sites: Sequence[str] | None = None, start: int = 0, order: Order = "harvested"
+    ) -> Iterator[RowBatch]:
+        """The rows from number `start` on, some thousands at a time, each batch with its first row's number.
 
-        `sites` leaves out the others. Raises UserError naming an unknown site or a torn shard.
+        "harvested" is the order in which the model gave them, "stored" the hashed order within each shard,
+        which spares a gather. Only the bytes of `sites` are read, a shard ahead, in a thread that ends with
+        the iterator. Memory: those sites of two shards, and a batch. Raises UserError naming an unknown
+        site, or a shard that is torn or gone.
         """
         wanted = self.sites if sites is None else tuple(sites)
         if unknown := [site for site in wanted if site not in self.widths]:
             raise UserError(
                 "the store must hold the site",
-                f"no {unknown[0]} in {self.folder}, which holds {', '.join(self.sites)}",
+                f"no {unknown[0]} in {self.place}, which holds {', '.join(self.sites)}",
                 "choose among these, or harvest again",
             )
-        return self._iter_rows(wanted)
+        if not 0 <= start <= self.rows:
+            raise UserError(f"reading must start at row 0 to {self.rows}", str(start), "check the number")
+        return self._iter_rows({site: self.widths[site] for site in wanted}, start, order)
 
-    def _iter_rows(self, sites: Sequence[str]) -> Iterator[RowBatch]:
-        for name, entry in self.manifest["files"].items():
-            if "rows" not in entry:
-                continue
-            try:
-                with safe_open(self.folder / name, framework="pt") as file:
-                    parts = {key: file.get_slice(key) for key in (*sites, *_MAP)}
-                    for start in range(0, entry["rows"], _READ_ROWS):
-                        span = slice(start, min(start + _READ_ROWS, entry["rows"]))
-                        yield RowBatch(
-                            rows={site: parts[site][span] for site in sites},
-                            map=RowMap(*(parts[key][span] for key in _MAP)),
-                        )
-            except (SafetensorError, OSError) as error:
-                raise _torn(self.folder / name, str(error)) from error
+    def _iter_rows(self, widths: Mapping[str, int], start: int, order: Order) -> Iterator[RowBatch]:
+        shards = list(self.manifest["shards"].items())
+        first_rows = list(itertools.accumulate((entry["rows"] for _, entry in shards), initial=0))
+        todo = [number for number, first in enumerate(first_rows[1:]) if first > start]
+        if not todo:
+            return
+        most = max(shards[number][1]["rows"] for number in todo)
+        # two sets, each read into again and again: fresh memory for every shard costs as much as reading it
+        buffers = [empty_fields(shard_fields(widths, self._dtype_on_disk, most)) for _ in todo[:2]]
 
-    def verify(self) -> None:
-        """Reads every file and compares checksums. Raises UserError naming the first that differs."""
-        for name, entry in self.manifest["files"].items():
-            if (digest := sha256_file(self.folder / name)) != entry["sha256"]:
-                raise _torn(self.folder / name, f"checksum {digest[:12]} instead of {entry['sha256'][:12]}")
-
-
-class _Writer:
-    """Fills one preallocated shard after another, and keeps the running statistics."""
-
-    def __init__(self, folder: Path, shard_bytes: int) -> None:
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.rows = 0
-        self.shard_rows = 0
-        self.filled = 0
-        self.buffers: dict[str, Tensor] = {}
-        self.statistics: dict[str, RunningStatistics] = {}
-        self.files: dict[str, dict[str, Any]] = {}
-
-    def add(self, batch: RowBatch) -> None:
-        if not self.buffers:
-            self._allocate(batch)
-        for site, rows in batch.rows.items():
-            self.statistics[site].update(rows)
-        parts = {**batch.rows, **{key: getattr(batch.map, key) for key in _MAP}}
-        taken = 0
-        while taken < len(batch):
-            count = min(self.shard_rows - self.filled, len(batch) - taken)
-            for key, rows in parts.items():
-                self.buffers[key][self.filled : self.filled + count].copy_(rows[taken : taken + count])
-            taken += count
-            self.filled += count
-            self.rows += count
-            if self.filled == self.shard_rows:
-                self._flush()
-
-    def finish(self, facts: StoreFacts) -> None:
-        if not self.rows:
-            raise UserError(
-                "a store must hold rows", "no tokens to harvest", "give more --tokens or another corpus"
+        def fill(turn: int) -> dict[str, Tensor]:
+            name, entry = shards[todo[turn]]
+            rows = entry["rows"]
+            fields = shard_fields(widths, self._dtype_on_disk, rows)
+            parts = {key: buffer[:rows] for key, buffer in buffers[turn % 2].items()}
+            read_shard(
+                self.place, name, entry["bytes"], {key: (fields[key], part) for key, part in parts.items()}
             )
-        if self.filled:
-            self._flush()
-        found = {site: running.result() for site, running in self.statistics.items()}
-        save_tensors(self.folder / STATISTICS, {site: part.mean for site, part in found.items()})
-        self._record(STATISTICS)
-        sites = {site: self.buffers[site] for site in found}
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            **asdict(facts),
-            "sites": list(sites),
-            "widths": {site: buffer.shape[1] for site, buffer in sites.items()},
-            "dtype": str(next(iter(sites.values())).dtype).removeprefix("torch."),
-            "rows": self.rows,
-            "scale": {site: part.scale for site, part in found.items()},
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-            "files": self.files,
+            return parts
+
+        pool = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
+        try:
+            ahead = pool.submit(fill, 0)
+            for turn, number in enumerate(todo):
+                parts = ahead.result()
+                if turn + 1 < len(todo):
+                    ahead = pool.submit(fill, turn + 1)
+                first = first_rows[number]
+                yield from self._batches(widths, parts, number, first, max(0, start - first), order)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _batches(
+        self,
+        widths: Mapping[str, int],
+        parts: Mapping[str, Tensor],
+        number: int,
+        first: int,
+        skip: int,
+        order: Order,
+    ) -> Iterator[RowBatch]:
+        """The rows of one shard from its row `skip` on; copies, since the buffers are read into again."""
+        rows = len(parts[MAP[0]])
+        index = torch.arange(rows)
+        if order == "harvested":
+            # row i of the file is row permutation[i] of the harvest
+            index[torch.from_numpy(permutation(rows, self.manifest["seed"], number))] = torch.arange(rows)
+        quantisers = self._quantisers(widths)
+        for begin in range(skip, rows, _READ_ROWS):
+            chosen = index[begin : begin + _READ_ROWS]
+            batch = empty_fields(shard_fields(widths, self._dtype_on_disk, len(chosen)))
+            for key, buffer in batch.items():
+                torch.index_select(parts[key], 0, chosen, out=buffer)
+            decoded = {
+                site: quantiser.decode(batch[site], batch[scale_name(site)]).to(self.dtype)
+                for site, quantiser in quantisers.items()
+            }
+            yield RowBatch(
+                rows={site: decoded.get(site, batch[site]) for site in widths},
+                map=RowMap(*(batch[key] for key in MAP)),
+                begin=Cursor(kept=first + begin),
+            )
+
+    def _quantisers(self, sites: Mapping[str, int]) -> dict[str, Quantiser]:
+        found = self.manifest["quantisation"]
+        return {
+            site: Quantiser(mean=torch.tensor(found[site]["mean"]), col=torch.tensor(found[site]["col"]))
+            for site in sites
+            if site in found
         }
-        write_json(self.folder / MANIFEST, manifest)
 
-    def _allocate(self, batch: RowBatch) -> None:
-        row_bytes = sum(rows[:1].nbytes for rows in batch.rows.values()) + 4 * len(_MAP)
-        self.shard_rows = max(1, self.shard_bytes // row_bytes)
-        for site, rows in batch.rows.items():
-            self.buffers[site] = torch.empty(self.shard_rows, rows.shape[1], dtype=rows.dtype)
-            self.statistics[site] = RunningStatistics(rows.shape[1])
-        for key in _MAP:
-            self.buffers[key] = torch.empty(self.shard_rows, dtype=torch.int32)
+    def verify(self, on_bytes: Callable[[int], object] | None = None) -> dict[str, str]:
+        """Reads every byte; for each shard that is missing or differs from what was written, what is wrong.
 
-    def _flush(self) -> None:
-        name = f"shard-{len(self.files):05d}.safetensors"
-        save_tensors(self.folder / name, {key: buffer[: self.filled] for key, buffer in self.buffers.items()})
-        self._record(name, rows=self.filled)
-        self.filled = 0
+        `on_bytes` is told the bytes done so far, of `bytes`.
+        """
+        problems = _wrong_sizes(self.place, self.manifest)
+        buffer = memoryview(bytearray(_HASH_BYTES))
+        done = 0
+        for name, entry in self.manifest["shards"].items():
+            if name not in problems:
+                digest, offset = hashlib.sha256(), 0
+                try:
+                    with self.place.reading(name) as read_at:
+                        while count := read_at(offset, buffer[: entry["bytes"] - offset]):
+                            digest.update(buffer[:count])
+                            offset += count
+                            if on_bytes is not None:
+                                on_bytes(done + offset)
+                except OSError as error:
+                    problems[name] = error.strerror or str(error)
+                    continue
+                if digest.hexdigest() != entry["sha256"]:
+                    problems[name] = f"checksum {digest.hexdigest()[:12]} instead of {entry['sha256'][:12]}"
+            done += entry["bytes"]
+            if on_bytes is not None:
+                on_bytes(done)
+        return problems
 
-    def _record(self, name: str, **more: int) -> None:
-        path = self.folder / name
-        self.files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path), **more}
+
+def _checked_manifest(place: Place, content: bytes) -> dict[str, Any]:
+    path = place.of(MANIFEST)
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise UserError(
+            f"{path} must hold JSON", str(error), "restore the file from a copy, or harvest again"
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(f"{path} must describe a store", "something else", "check the path")
+    if manifest.get("version") != VERSION:
+        raise UserError(
+            f"this program reads stores of version {VERSION}",
+            f"version {manifest.get('version')} in {place}",
+            "update jumpscope, or harvest again",
+        )
+    if manifest.pop("checksum", None) != _checksum(manifest):
+        raise torn(path, "its own checksum is another one")
+    return manifest
 
 
-def _partial(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".partial")
+def _wrong_sizes(place: Place, manifest: Mapping[str, Any]) -> dict[str, str]:
+    sizes = place.sizes()
+    wrong = {}
+    for name, entry in manifest["shards"].items():
+        if name not in sizes:
+            wrong[name] = "no such file"
+        elif sizes[name] != entry["bytes"]:
+            wrong[name] = f"{sizes[name]} bytes instead of {entry['bytes']} bytes"
+    return wrong
 
 
-def _torn(path: Path, found: str) -> UserError:
-    return UserError(f"{path} must be whole", found, "restore the file from a copy, or harvest again")
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

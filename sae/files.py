@@ -19,6 +19,7 @@ from sae.errors import UserError
 _REMEDIES = {
     errno.ENOSPC: ("the disk must have room for the file", "free some space or choose another folder"),
     errno.EDQUOT: ("the disk quota must have room for the file", "free some space or choose another folder"),
+    errno.EFBIG: ("files must be allowed to grow that large", "raise the limit (ulimit -f)"),
     errno.EACCES: ("the folder must be writable", "change its permissions or choose another folder"),
     errno.EPERM: ("the folder must be writable", "change its permissions or choose another folder"),
     errno.EROFS: ("the folder must be writable", "choose a folder that is not mounted read-only"),

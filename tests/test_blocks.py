@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from activations.blocks import iter_blocks
+from activations.blocks import Cursor, iter_blocks
 from activations.corpora import FiniteCorpus, StreamedCorpus, _numbered
 from activations.textfiles import Record
 from sae.errors import UserError
@@ -144,3 +144,23 @@ def test_an_endless_pass_over_no_tokens_ends():
 def test_bad_sizes_are_refused_before_anything_is_read(options, part):
     with pytest.raises(UserError, match=part):
         iter_blocks(Letters(), corpus_of(["abc"]), split="all", **{"context": 8, **options})
+
+
+@given(documents, st.integers(2, 9), st.integers(1, 3), st.sampled_from([BOS, None]), st.integers(0))
+def test_a_stream_goes_on_from_any_batch(texts, context, blocks_per_batch, bos, place):
+    if not any(letter != "$" for text in texts for letter in text):
+        return
+    told = {"split": "all", "context": context, "blocks_per_batch": blocks_per_batch, "seed": 3}
+    told |= {"epochs": None, "max_tokens": 30}
+    model, corpus = Letters(bos), corpus_of(texts)
+    whole = list(iter_blocks(model, corpus, **told))
+    assert whole[0].begin == Cursor()
+    kept = [int(batch.keep.sum()) for batch in whole]
+    assert [batch.begin.kept for batch in whole] == [sum(kept[:i]) for i in range(len(whole))]
+    assert sum(kept) == 30
+    place %= len(whole)
+    rest = iter_blocks(model, corpus, **told, start=whole[place].begin)
+    for again, expected in zip(rest, whole[place:], strict=True):
+        assert again.begin == expected.begin
+        for name in ("tokens", "document", "position", "keep"):
+            assert torch.equal(getattr(again, name), getattr(expected, name))

@@ -146,15 +146,52 @@ def test_a_runs_config_repeats_it_and_flags_change_it(trained, tmp_path):
 
 def test_a_store_is_harvested_described_and_trained_from(inputs, tmp_path, capfd):
     store, run = str(tmp_path / "store"), str(tmp_path / "run")
-    flags = "--layers 1 --tokens 500 --context 16 --dtype float32".split()
-    assert main(["harvest", *inputs, *flags, "--out", store]) == 0
-    assert main(["info", store]) == 0
-    assert "500" in capfd.readouterr().out
-    assert (
-        main(["train", *inputs, *SMALL, "--tokens", "500", "--layers", "1", "--store", store, "--out", run])
-        == 0
-    )
+    flags = "--layers 1 --context 16 --dtype float32".split()
+    harvest = ["harvest", *inputs, *flags, "--out", store, "--tokens"]
+    assert main([*harvest, "400"]) == 0
+    assert main([*harvest, "500"]) == 0
+    assert "500 rows of 1 sites" in capfd.readouterr().out
+    assert main([*harvest, "500"]) == 0
+    assert "Nothing to do" in capfd.readouterr().out
+    assert main(["info", store, "--verify"]) == 0
+    out = capfd.readouterr().out
+    assert all(text in out for text in ("500", "float32", "Every shard is whole", "yes"))
+    assert "seed 0 there, 1 asked" in refused(capfd, *harvest, "600", "--seed", "1")
+    train = ["train", *inputs, *SMALL, "--tokens", "500", "--layers", "1", "--dtype", "float32"]
+    assert main([*train, "--store", store, "--out", run]) == 0
     assert (tmp_path / "run" / "sites" / "blocks.1.hook_resid_post" / "cfg.json").is_file()
+    for shard in (tmp_path / "store").glob("shard-*"):
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    line = refused(capfd, "info", store, "--verify")
+    assert "2 of 2" in line
+    assert "shard-00000" in line and "shard-00001" in line
+    assert "--verify is for a store" in refused(capfd, "info", run, "--verify")
+
+
+def test_training_from_a_store_gives_the_weights_of_training_live(inputs, tmp_path):
+    store = str(tmp_path / "store")
+    flags = "--layers 1-2 --tokens 500 --context 16 --model-batch 4 --device cpu".split()
+    assert main(["harvest", *inputs, *flags, "--out", store]) == 0
+    train = ["train", *inputs, *SMALL, "--tokens", "500", "--layers", "1-2"]
+    assert main([*train, "--out", str(tmp_path / "live")]) == 0
+    assert main([*train, "--store", store, "--out", str(tmp_path / "disk")]) == 0
+    for layer in (1, 2):
+        live, disk = (
+            (tmp_path / run / "sites" / f"blocks.{layer}.hook_resid_post" / "sae_weights.safetensors")
+            for run in ("live", "disk")
+        )
+        assert live.read_bytes() == disk.read_bytes()
+
+
+def test_a_store_behind_a_url_goes_through_the_command_line(inputs, tmp_path, capfd):
+    store = "memory://cli/store"
+    flags = "--layers 1-2 --tokens 500 --context 16 --store-dtype int8".split()
+    assert main(["harvest", *inputs, *flags, "--out", store]) == 0
+    assert main(["info", store, "--verify"]) == 0
+    assert "int8, read as" in capfd.readouterr().out
+    words = [*inputs, *SMALL, "--tokens", "500", "--layers", "1", "--store", store]
+    assert main(["train", *words, "--out", str(tmp_path / "run")]) == 0
+    assert "manifest.json" in refused(capfd, "info", "memory://cli/nothing")
 
 
 def test_the_demo_does_it_all_and_opens_a_finished_one_again(inputs, tmp_path, capfd, monkeypatch):

@@ -1,93 +1,106 @@
-"""The activation store: what comes back, what is refused, and what a failure leaves behind."""
+"""Reading an activation store: what comes back, in which order, and what is refused."""
 
+import contextlib
 import json
+import threading
 
 import pytest
 import torch
 from safetensors import safe_open
+from store_rows import FACTS, SITES, WIDTHS, all_rows, assert_same, source, whole, write
 
 from activations import store as store_module
-from activations.harvest import RowBatch, RowMap
+from activations.blocks import Cursor
+from activations.order import permutation
 from activations.ring import ShuffleRing
-from activations.store import StoreFacts, check_new, open_store, write_store
+from activations.store import manifest_bytes, open_store
 from sae.errors import UserError
-
-FACTS = StoreFacts(
-    model="tiny", tokenizer_hash="abc", corpus="wiki-leads", split="train", context=256, seed=3
-)
-SITES = ("blocks.0.hook_resid_post", "blocks.1.attn.hook_z")
-ROW_BYTES = (4 + 6) * 2 + 12
-
-
-def batches(n=100, size=17):
-    generator = torch.Generator().manual_seed(0)
-    for start in range(0, n, size):
-        ids = torch.arange(start, min(start + size, n), dtype=torch.int32)
-        rows = {
-            site: (torch.randn(len(ids), width, generator=generator) + 5).bfloat16()
-            for site, width in zip(SITES, (4, 6), strict=True)
-        }
-        yield RowBatch(rows=rows, map=RowMap(document=ids // 10, position=ids % 10, token=ids + 500))
-
-
-def whole(source):
-    found = list(source)
-    rows = {site: torch.cat([batch.rows[site] for batch in found]) for site in found[0].rows}
-    maps = {
-        key: torch.cat([getattr(batch.map, key) for batch in found])
-        for key in ("document", "position", "token")
-    }
-    return rows, maps
 
 
 @pytest.fixture
 def stored(tmp_path):
-    return write_store(tmp_path / "s", batches(), FACTS, shard_bytes=30 * ROW_BYTES)
+    return write(tmp_path / "s")
 
 
-def test_rows_come_back_as_they_went_in(stored, monkeypatch):
+@pytest.fixture
+def small_reads(monkeypatch):
     monkeypatch.setattr(store_module, "_READ_ROWS", 8)
-    got, expected = whole(stored.iter_rows()), whole(batches())
-    for mine, theirs in zip(got, expected, strict=True):
-        assert mine.keys() == theirs.keys()
-        for key, tensor in theirs.items():
-            assert mine[key].dtype == tensor.dtype
-            assert torch.equal(mine[key], tensor)
+
+
+def test_rows_come_back_as_they_went_in(stored, small_reads):
+    assert_same(whole(stored.iter_rows()), all_rows())
     only, _ = whole(stored.iter_rows(SITES[1:]))
     assert list(only) == [SITES[1]]
 
 
+@pytest.mark.parametrize("order", ["harvested", "stored"])
+@pytest.mark.parametrize("start", [0, 1, 29, 30, 31, 60, 99, 100])
+def test_reading_starts_at_any_row_and_says_which_it_is(stored, small_reads, order, start):
+    whole_rows, whole_maps = whole(stored.iter_rows(order=order))
+    rest = list(stored.iter_rows(start=start, order=order))
+    assert sum(map(len, rest)) == 100 - start
+    place = start
+    for batch in rest:
+        assert batch.begin.kept == place
+        for site in SITES:
+            assert torch.equal(batch.rows[site], whole_rows[site][place : place + len(batch)])
+        assert torch.equal(batch.map.token, whole_maps["token"][place : place + len(batch)])
+        place += len(batch)
+
+
+def test_rows_lie_in_a_hashed_order_within_their_shard(stored):
+    _, maps = whole(stored.iter_rows(order="stored"))
+    expected = [
+        first + row
+        for number, (first, rows) in enumerate([(0, 30), (30, 30), (60, 30), (90, 10)])
+        for row in permutation(rows, FACTS.seed, number)
+    ]
+    assert (maps["token"] - 500).tolist() == expected
+    assert len(set(maps["document"][:5].tolist())) > 1
+
+
 def test_shards_are_plain_safetensors_of_a_bounded_size(stored):
-    shards = sorted(stored.folder.glob("shard-*.safetensors"))
+    shards = sorted(stored.place.folder.glob("shard-*.safetensors"))
     assert [path.name for path in shards] == [f"shard-0000{i}.safetensors" for i in range(4)]
+    order = torch.from_numpy(permutation(30, FACTS.seed, 0))
     with safe_open(shards[0], framework="pt") as file:
         assert set(file.keys()) == {*SITES, "document", "position", "token"}
-        assert file.get_slice(SITES[1]).get_shape() == [30, 6]
+        rows, maps = all_rows()
+        assert torch.equal(file.get_tensor(SITES[1]), rows[SITES[1]][order])
+        assert torch.equal(file.get_tensor("position"), maps["position"][order])
 
 
 def test_the_manifest_says_what_the_rows_are(stored):
-    manifest = json.loads((stored.folder / "manifest.json").read_text())
-    assert manifest["format"] == "jumpscope-activations"
-    assert (manifest["version"], manifest["dtype"], manifest["rows"]) == (1, "bfloat16", 100)
-    assert manifest["widths"] == {SITES[0]: 4, SITES[1]: 6} == stored.widths
-    assert {
-        key: manifest[key] for key in ("model", "tokenizer_hash", "corpus", "split", "context", "seed")
-    } == {
+    manifest = json.loads((stored.place.folder / "manifest.json").read_text())
+    expected = {
+        "format": "jumpscope-activations",
+        "version": 2,
         "model": "tiny",
         "tokenizer_hash": "abc",
         "corpus": "wiki-leads",
         "split": "train",
         "context": 256,
         "seed": 3,
+        "model_batch": 8,
+        "model_dtype": "bfloat16",
+        "widths": WIDTHS,
+        "dtype": "bfloat16",
+        "rows_dtype": "bfloat16",
+        "rows": 100,
+        "complete": True,
+        "corpus_ended": False,
+        "shard_rows": 30,
+        "cursor": {"epoch": 0, "document": 5, "offset": 0, "kept": 85},
     }
+    assert {key: manifest[key] for key in expected} == expected
     assert set(manifest["versions"]) == {"torch", "transformers", "transformer-lens", "safetensors"}
-    assert sorted(manifest["files"]) == sorted(
-        p.name for p in stored.folder.iterdir() if p.name != "manifest.json"
-    )
+    assert [entry["rows"] for entry in manifest["shards"].values()] == [30, 30, 30, 10]
+    on_disk = {path.name: path.stat().st_size for path in stored.place.folder.glob("shard-*")}
+    assert {name: entry["bytes"] for name, entry in manifest["shards"].items()} == on_disk
 
 
 def test_statistics_cover_all_rows(stored):
-    rows, _ = whole(batches())
+    rows, _ = all_rows()
     for site in SITES:
         exact = rows[site].double()
         got = stored.statistics[site]
@@ -101,95 +114,149 @@ def test_statistics_cover_all_rows(stored):
 def test_a_store_feeds_the_ring_as_the_live_harvest_does(stored):
     options = {"dtype": torch.bfloat16, "rows": 40, "batch": 5, "passes": 2, "seed": 1}
     disk = ShuffleRing(stored.iter_rows(), stored.widths, **options)
-    live = ShuffleRing(batches(), stored.widths, **options)
+    live = ShuffleRing(source()(Cursor()), stored.widths, **options)
     for mine, theirs in zip(disk, live, strict=True):
         assert all(torch.equal(mine[site], theirs[site]) for site in SITES)
 
 
-def test_verify_names_the_shard_that_changed(stored):
-    stored.verify()
-    shard = stored.folder / "shard-00002.safetensors"
-    content = bytearray(shard.read_bytes())
-    content[-1] ^= 1
-    shard.write_bytes(content)
-    with pytest.raises(UserError, match=r"shard-00002\.safetensors.*checksum"):
-        open_store(stored.folder).verify()
+def readers():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("store-")]
+
+
+def test_the_thread_ends_with_the_iterator(stored, small_reads):
+    for take in (1, 5, 100):
+        rows = stored.iter_rows()
+        for _ in range(take):
+            if next(rows, None) is None:
+                break
+        assert len(readers()) == (take < 100)
+        rows.close()
+        assert readers() == []
+
+
+def test_batches_stay_good_after_the_next_shards_are_read(stored, small_reads):
+    for order in ("harvested", "stored"):
+        kept = [
+            (batch.rows[SITES[0]], batch.rows[SITES[0]].clone()) for batch in stored.iter_rows(order=order)
+        ]
+        assert all(torch.equal(now, then) for now, then in kept)
+
+
+def test_only_the_asked_sites_are_read(stored, monkeypatch):
+    read = []
+    reading = type(stored.place).reading
+
+    @contextlib.contextmanager
+    def counted(place, name):
+        with reading(place, name) as read_at:
+            yield lambda offset, view: read.append(len(view)) or read_at(offset, view)
+
+    monkeypatch.setattr(type(stored.place), "reading", counted)
+    for start, rows, shards in ((0, 100, 4), (90, 10, 1)):
+        read.clear()
+        list(stored.iter_rows(SITES[:1], start=start))
+        headers = shards * 8 + sum(size for size in read if size > 300)
+        assert sum(read) == rows * (4 * 2 + 12) + headers
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone"])
+def test_a_shard_harmed_while_it_is_read_is_named(stored, small_reads, harm):
+    rows = stored.iter_rows()
+    next(rows)
+    shard = stored.place.folder / "shard-00002.safetensors"
+    if harm == "cut":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    else:
+        shard.unlink()
+    with pytest.raises(UserError, match=r"shard-00002\.safetensors must be whole"):
+        list(rows)
+    assert readers() == []
+
+
+def spoiled_header(change):
+    def spoil(content):
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + content[8 + length :]
+
+    return spoil
+
+
+def move(header):
+    begin, end = header["token"]["data_offsets"]
+    header["token"]["data_offsets"] = [begin + 10**6, end + 10**6]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (lambda content: b"\xff" * 8 + content[8:], "a header of"),
+        (lambda content: bytes(8) + content[8:], "a header of 0 bytes"),
+        (lambda content: content[:8] + b"?" + content[9:], "not JSON"),
+        (lambda content: content[:5], "too early"),
+        (spoiled_header(lambda header: header.pop("token")), "no tensor token"),
+        (spoiled_header(lambda header: header["token"].update(dtype="F32")), "token is F32"),
+        (spoiled_header(lambda header: header["token"].update(shape=[31])), r"\[31\] instead"),
+        (spoiled_header(lambda header: header["token"].update(data_offsets=[0])), "token at"),
+        (spoiled_header(lambda header: header["token"].update(data_offsets=[-4, 116])), "token at"),
+        (spoiled_header(move), "token at"),
+    ],
+)
+def test_a_header_that_lies_is_refused(stored, spoil, found):
+    shard = stored.place.folder / "shard-00001.safetensors"
+    shard.write_bytes(spoil(shard.read_bytes()))
+    with pytest.raises(UserError, match=rf"shard-00001.*{found}"):
+        list(stored.iter_rows())
+
+
+def test_verify_names_every_shard_that_is_not_whole(stored):
+    told = []
+    assert stored.verify(told.append) == {}
+    assert (
+        told[-1] == stored.bytes == sum(path.stat().st_size for path in stored.place.folder.glob("shard-*"))
+    )
+    folder = stored.place.folder
+    for name, place in (("shard-00000", 3), ("shard-00002", -1)):
+        shard = folder / f"{name}.safetensors"
+        content = bytearray(shard.read_bytes())
+        content[place] ^= 1
+        shard.write_bytes(content)
+    (folder / "shard-00003.safetensors").unlink()
+    problems = open_store(folder, check_sizes=False).verify()
+    assert sorted(problems) == [f"shard-0000{i}.safetensors" for i in (0, 2, 3)]
+    assert "checksum" in problems["shard-00002.safetensors"]
+    assert problems["shard-00003.safetensors"] == "no such file"
 
 
 def test_torn_missing_and_foreign_things_are_refused(stored, tmp_path):
-    shard = stored.folder / "shard-00001.safetensors"
+    folder = stored.place.folder
+    shard = folder / "shard-00001.safetensors"
     content = shard.read_bytes()
     shard.write_bytes(content[:-100])
     with pytest.raises(
         UserError, match=rf"shard-00001.*{len(content) - 100} bytes instead of {len(content)}"
     ):
-        open_store(stored.folder)
-    with pytest.raises(UserError, match=r"shard-00001"):
-        list(stored.iter_rows())
+        open_store(folder)
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-00001.*no such file"):
-        open_store(stored.folder)
+        open_store(folder)
     with pytest.raises(UserError, match=r"no blocks\.7"):
         stored.iter_rows(["blocks.7"])
+    with pytest.raises(UserError, match="row 0 to 100"):
+        stored.iter_rows(start=101)
     with pytest.raises(UserError, match="manifest"):
         open_store(tmp_path)
-    manifest = stored.folder / "manifest.json"
-    manifest.write_text(json.dumps({**stored.manifest, "version": 2}))
-    with pytest.raises(UserError, match="version 2"):
-        open_store(stored.folder)
-    manifest.write_text("{")
-    with pytest.raises(UserError, match="JSON"):
-        open_store(stored.folder)
-
-
-def test_a_taken_folder_is_refused_before_anything_is_harvested(stored, tmp_path):
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").write_text("dear")
-    (tmp_path / "cut.partial").mkdir()
-    for name, found in (("s", "a store in"), ("other", "other files"), ("cut", r"cut\.partial")):
+    manifest = folder / "manifest.json"
+    whole_text = manifest.read_text()
+    for text, found in (
+        (manifest_bytes({**stored.manifest, "version": 3}).decode(), "version 3"),
+        ("{", "JSON"),
+        ("[]", "something else"),
+        (whole_text.replace('"rows": 100', '"rows": 101'), "checksum"),
+    ):
+        assert text != whole_text
+        manifest.write_text(text)
         with pytest.raises(UserError, match=found):
-            check_new(tmp_path / name)
-        with pytest.raises(UserError, match=found):
-            write_store(tmp_path / name, (pytest.fail("harvested") for _ in range(1)), FACTS)
-    assert (tmp_path / "other" / "thesis.tex").read_text() == "dear"
-    assert open_store(stored.folder).rows == 100
-
-
-def test_an_empty_folder_is_taken(tmp_path):
-    (tmp_path / "s").mkdir()
-    assert write_store(tmp_path / "s", batches(), FACTS).rows == 100
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError("a", "b", "c")])
-def test_a_harvest_cut_off_leaves_nothing(tmp_path, error):
-    def interrupted():
-        yield from batches()
-        raise error
-
-    with pytest.raises(error if isinstance(error, type) else type(error)):
-        write_store(tmp_path / "s", interrupted(), FACTS, shard_bytes=30 * ROW_BYTES)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
-    def full(path, tensors, metadata=None):
-        path.write_bytes(b"half")
-        with store_module.disk_errors(path):
-            raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(store_module, "save_tensors", full)
-    with pytest.raises(UserError, match="room for the file"):
-        write_store(tmp_path / "s", batches(), FACTS)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_rows_make_no_store(tmp_path):
-    with pytest.raises(UserError, match="hold rows"):
-        write_store(tmp_path / "s", iter(()), FACTS)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_progress_is_told(tmp_path):
-    told = []
-    write_store(tmp_path / "s", batches(), FACTS, on_rows=told.append)
-    assert told == [17, 34, 51, 68, 85, 100]
+            open_store(folder)

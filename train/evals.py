@@ -342,7 +342,8 @@ def _split_at(batches: list[TokenBlocks], tokens: int) -> Iterator[tuple[TokenBl
 
 
 def _slice(batch: TokenBlocks, start: int, stop: int) -> TokenBlocks:
-    return TokenBlocks(**{f.name: getattr(batch, f.name)[start:stop] for f in dataclasses.fields(batch)})
+    names = ("tokens", "document", "position", "keep")
+    return TokenBlocks(**{name: getattr(batch, name)[start:stop] for name in names})
 
 
 def _ratio(numerator: float | None, denominator: float | None) -> float | None:

@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 import tyro
@@ -15,8 +15,12 @@ from sae.errors import UserError
 from sae.numbers import format_size
 from train.cli.console import note, say, stdout, table
 from train.cli.parsing import parse
+from train.cli.progress import progress
 from train.cli.tables import eval_caption, eval_summary, training_summary
 from train.run_folder import RUN, RunFolder
+
+if TYPE_CHECKING:
+    from activations.store import Store
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +28,9 @@ class InfoOptions:
     """Say what something is: a run folder, a dictionary's folder, a store of activations, or this machine."""
 
     path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PATH")]] = ""
-    """The folder. Without one: this machine, and what a run would use on it."""
+    """The folder, or a store's URL. Without one: this machine, and what a run would use on it."""
+    verify: bool = False
+    """Read every byte of a store and name each shard that is missing or torn."""
 
 
 def run(argv: list[str]) -> None:
@@ -33,17 +39,25 @@ def run(argv: list[str]) -> None:
         InfoOptions,
         argv,
         verb="info",
-        examples=["info", "info runs/gemma", "info runs/gemma/sites/blocks.9.hook_resid_post"],
+        examples=[
+            "info",
+            "info runs/gemma",
+            "info runs/gemma/sites/blocks.9.hook_resid_post",
+            "info stores/all --verify",
+        ],
     )
     path = Path(options.path)
+    is_store = "://" in options.path or (bool(options.path) and (path / "manifest.json").is_file())
+    if options.verify and not is_store:
+        raise UserError("--verify is for a store", f"no manifest.json in {options.path!r}", "Check the path")
     if not options.path:
         _machine()
     elif (path / RUN).is_file():
         _run(RunFolder.open(path))
     elif (path / "cfg.json").is_file():
         _dictionary(path)
-    elif (path / "manifest.json").is_file():
-        _store(path)
+    elif is_store:
+        _store(options.path, verify=options.verify)
     else:
         raise UserError(
             "the path must be a run folder, a dictionary's folder or a store",
@@ -119,19 +133,47 @@ def _dictionary(path: Path) -> None:
     )
 
 
-def _store(path: Path) -> None:
+def _store(path: str, *, verify: bool) -> None:
     from activations.store import open_store
 
-    store = open_store(path)
-    shown = {
-        name: value
-        for name, value in store.manifest.items()
-        if name not in ("files", "format", "version", "widths")
-    }
-    size = store.rows * sum(store.widths.values()) * store.dtype.itemsize
+    store = open_store(path, check_sizes=not verify)
+    about = store.manifest
+    shown = ("model", "tokenizer_hash", "corpus", "split", "context", "seed", "model_batch")
+    read_as = "" if about["dtype"] == about["rows_dtype"] else f", read as {about['rows_dtype']}"
+    state = "the whole of the split" if about["corpus_ended"] else "as many rows as asked for"
     _pairs(
-        {"store": str(path), **shown, "size": f"{format_size(size)} in {len(store.manifest['files'])} files"}
+        {
+            "store": path,
+            **{name: about[name] for name in shown},
+            "rows": f"{store.rows:,}",
+            "dtype": about["dtype"] + read_as,
+            "size": f"{format_size(store.bytes)} in {len(about['shards'])} shards",
+            "complete": f"yes, {state}" if store.complete else "no: the same harvest command goes on with it",
+            "versions": about["versions"],
+        }
     )
+    sites = table("site", ">width", ">scale", ">|mean|")
+    for site, moments in store.statistics.items():
+        sites.add_row(
+            site, str(store.widths[site]), f"{moments.scale:.4g}", f"{float(moments.mean.norm()):.4g}"
+        )
+    stdout.print(sites)
+    if verify:
+        _verify(store)
+
+
+def _verify(store: "Store") -> None:
+    with progress(unit="B") as report:
+        problems = store.verify(lambda done: report("verify", done, store.bytes))
+    for name, found in problems.items():
+        say(f"{name}: {found}")
+    if problems:
+        raise UserError(
+            f"every shard of {store.place} must be whole",
+            f"{len(problems)} of {len(store.manifest['shards'])} missing or torn: {', '.join(problems)}",
+            "Restore them from a copy, or harvest again",
+        )
+    say(f"Every shard is whole: {store.bytes:,} bytes read, all checksums right.")
 
 
 def _pairs(values: Mapping[str, Any]) -> None:

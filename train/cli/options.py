@@ -75,7 +75,8 @@ class HarvestOptions:
     again.
 
     One forward pass serves all sites. Special tokens are left out. The store says in its manifest.json what
-    its rows are; `jumpscope train --store DIR` reads it.
+    its rows are; `jumpscope train --store DIR` reads it. The same command goes on with a store that was cut
+    off, however that happened, and adds to a finished one when --tokens is larger.
     """
 
     model: str = "gemma-3-270m"
@@ -97,11 +98,13 @@ class HarvestOptions:
     seed: int = 0
     """Decides the documents' order."""
     dtype: Dtype = "auto"
-    """The model's dtype and that of the rows. auto: bfloat16 where the hardware has it."""
+    """The model's dtype. auto: bfloat16 where the hardware has it."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    store_dtype: Literal["auto", "bfloat16", "float16", "int8"] = "auto"
+    """The rows on disk. auto: the model's dtype. int8: half the size, rounded within each row."""
     out: str = "stores/harvest"
-    """Folder to create."""
+    """The store: a folder to create or go on with, or a URL that fsspec knows, such as s3://bucket/all."""
 
     def __post_init__(self) -> None:
         _above_zero(self, "tokens", "context", "model_batch")

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import sae
-from activations.blocks import TokenBlocks, iter_blocks
+from activations.blocks import Cursor, TokenBlocks, iter_blocks
 from activations.corpora import load_corpus
-from activations.harvest import harvest_rows
+from activations.harvest import RowBatch, harvest_rows
 from activations.models import LanguageModel, load_model
 from activations.sites import expand_sites, layer_of, parse_layers, site_label
-from activations.store import Store, StoreFacts, write_store
+from activations.store import Store
+from activations.store_writer import StoreFacts, write_store
 from sae import JumpReLU, UserError
 from train.cli.console import note
 from train.cli.options import EvalOptions, HarvestOptions, IndexOptions
@@ -86,21 +87,12 @@ def load_run(
 
 
 def harvest(options: HarvestOptions) -> Store:
-    """Writes a store of activations."""
+    """Writes a store of activations, or goes on with one."""
     corpus = load_corpus(options.corpus)
     note(f"loading {options.model}")
     model = load_model(options.model, dtype=options.dtype, device=options.device)
     sites = expand_sites(options.sites, options.layers, model.n_layers)
     model.check_sites(sites)
-    blocks = iter_blocks(
-        model,
-        corpus,
-        split=options.split,
-        context=options.context,
-        blocks_per_batch=options.model_batch,
-        seed=options.seed,
-        max_tokens=options.tokens,
-    )
     facts = StoreFacts(
         model=model.name,
         tokenizer_hash=model.tokenizer_hash,
@@ -108,10 +100,33 @@ def harvest(options: HarvestOptions) -> Store:
         split=options.split,
         context=options.context,
         seed=options.seed,
+        model_batch=options.model_batch,
+        model_dtype=str(model.dtype).removeprefix("torch."),
+        widths={site: model.site_width(site) for site in sites},
     )
+
+    def source(start: Cursor) -> Iterator[RowBatch]:
+        blocks = iter_blocks(
+            model,
+            corpus,
+            split=options.split,
+            context=options.context,
+            blocks_per_batch=options.model_batch,
+            seed=options.seed,
+            max_tokens=options.tokens,
+            start=start,
+        )
+        return harvest_rows(model, blocks, sites)
+
     with progress() as report:
-        rows = harvest_rows(model, blocks, sites)
-        return write_store(options.out, rows, facts, on_rows=lambda n: report("harvest", n, options.tokens))
+        return write_store(
+            options.out,
+            source,
+            facts,
+            wanted_rows=options.tokens,
+            dtype=options.store_dtype,
+            on_rows=lambda n: report("harvest", n, options.tokens),
+        )
 
 
 def train(config: TrainConfig) -> RunFolder:
