@@ -112,8 +112,8 @@ def quiet() -> Iterator[None]:
 def _head_read_once() -> Iterator[None]:
     """Within it the .gguf reader that transformers asks for is made once for a file, and reads plain memory.
 
-    Otherwise it is made three times, and each takes a vocabulary apart through numpy.memmap, number by number:
-    half of the time that a conversion takes.
+    Otherwise it is made three times, and each takes a vocabulary apart through numpy.memmap, number by
+    number: half of the time that a conversion takes.
     """
     import gguf
 
