@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from activations.blocks import Cursor
 from activations.harvest import RowBatch, RowMap
 from activations.ring import RowStatistics, RunningStatistics
 from sae.errors import UserError
@@ -142,8 +143,8 @@ class Store:
         scales = self.manifest["scale"]
         return {site: RowStatistics(mean=means[site], scale=scales[site], n=self.rows) for site in self.sites}
 
-    def iter_rows(self, sites: Sequence[str] | None = None) -> Iterator[RowBatch]:
-        """All rows in their order, 8,192 at a time, read from mapped files: a source for a `ShuffleRing`.
+    def iter_rows(self, sites: Sequence[str] | None = None, start: int = 0) -> Iterator[RowBatch]:
+        """The rows from number `start` on, 8,192 at a time, read from mapped files: a source for a ring.
 
         `sites` leaves out the others. Raises UserError naming an unknown site or a torn shard.
         """
@@ -154,21 +155,24 @@ class Store:
                 f"no {unknown[0]} in {self.folder}, which holds {', '.join(self.sites)}",
                 "choose among these, or harvest again",
             )
-        return self._iter_rows(wanted)
+        return self._iter_rows(wanted, start)
 
-    def _iter_rows(self, sites: Sequence[str]) -> Iterator[RowBatch]:
+    def _iter_rows(self, sites: Sequence[str], first: int) -> Iterator[RowBatch]:
+        shard = 0
         for name, entry in self.manifest["files"].items():
             if "rows" not in entry:
                 continue
             try:
                 with safe_open(self.folder / name, framework="pt") as file:
                     parts = {key: file.get_slice(key) for key in (*sites, *_MAP)}
-                    for start in range(0, entry["rows"], _READ_ROWS):
+                    for start in range(max(0, first - shard), entry["rows"], _READ_ROWS):
                         span = slice(start, min(start + _READ_ROWS, entry["rows"]))
                         yield RowBatch(
                             rows={site: parts[site][span] for site in sites},
                             map=RowMap(*(parts[key][span] for key in _MAP)),
+                            begin=Cursor(kept=shard + start),
                         )
+                shard += entry["rows"]
             except (SafetensorError, OSError) as error:
                 raise _torn(self.folder / name, str(error)) from error
 
