@@ -311,7 +311,7 @@ class ShuffleRing:
             found = self._fill(was.number, was.rows)
             if (found.rows, found.tokens) != (was.rows, was.tokens):
                 raise UserError(
-                    f"the source must give rows {was.first} to {was.first + was.rows} again, of the same tokens",
+                    f"the source must give rows {was.first} to {was.first + was.rows} again, the same tokens",
                     "other tokens" if found.rows == was.rows else f"{found.rows} of {was.rows} rows",
                     "restore the corpus or the store as it was",
                 )

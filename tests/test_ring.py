@@ -17,9 +17,10 @@ from sae.errors import UserError
 
 WIDTHS = {"blocks.0.hook_resid_post": 3, "blocks.1.attn.hook_z": 5}
 NARROW, WIDE = WIDTHS
+START = Cursor()
 
 
-def source(n, chunks=(7,), dtype=torch.float32, begin=Cursor()):
+def source(n, chunks=(7,), dtype=torch.float32, begin=START):
     """Row i holds i in every column (plus 1000 at the second site); batches have `chunks` rows in turn."""
     start, turn = begin.kept, begin.document
     while start < n:
@@ -210,7 +211,7 @@ def test_a_ring_resumed_after_any_batch_serves_what_would_have_come(n, batch, pa
     whole = serve(ring(n, **options))
     got, position, harvested = [], None, []
     for stop in [*stops, None]:
-        before, harvested = sum(size for _, size in harvested), []
+        harvested = []
         stock = ring(n, resume=position, harvested=harvested, **options)
         for served, made in enumerate(stock, 1):
             got.append({site: made[site] for site in made})
@@ -257,8 +258,7 @@ def test_a_failed_harvest_leaves_the_position_behind_the_last_batch():
     stock = ShuffleRing(breaking, WIDTHS, dtype=torch.float32, rows=60, batch=4, passes=3, seed=0)
     got = []
     with pytest.raises(OSError, match="gone"):
-        for batch in stock:
-            got.append({site: batch[site] for site in batch})
+        got.extend({site: batch[site] for site in batch} for batch in stock)
     got += serve(ring(200, rows=60, batch=4, passes=3, chunks=(3,), resume=stock.position()))
     assert len(got) == len(whole)
     assert all(torch.equal(a[NARROW], b[NARROW]) for a, b in zip(got, whole, strict=True))
