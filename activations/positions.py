@@ -50,9 +50,7 @@ class RingPosition:
     def from_dict(cls, values: Mapping[str, Any]) -> "RingPosition":
         """The inverse of `to_dict`, also after a way through JSON."""
         rows, batch, passes, seed = values["shape"]
-        parts = [
-            Generation(**{**part, "begin": Cursor(**part["begin"])}) for part in values["generations"]
-        ]
+        parts = [Generation(**{**part, "begin": Cursor(**part["begin"])}) for part in values["generations"]]
         made = {
             "shape": (rows, batch, passes, seed),
             "generations": tuple(parts),

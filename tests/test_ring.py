@@ -153,7 +153,9 @@ def test_statistics_are_those_of_the_first_generation_and_come_before_the_batche
         [400.0, -3, 0]
     )
     batch = RowBatch(rows={"a": rows.float()}, map=RowMap(*(torch.zeros(200, dtype=torch.int32),) * 3))
-    stock = ShuffleRing(lambda _: iter([batch]), {"a": 3}, dtype=torch.float32, rows=120, batch=10, passes=2, seed=0)
+    stock = ShuffleRing(
+        lambda _: iter([batch]), {"a": 3}, dtype=torch.float32, rows=120, batch=10, passes=2, seed=0
+    )
     got = stock.statistics["a"]
     first = rows.float().double()[:60]
     assert got.n == 60

@@ -127,7 +127,9 @@ def sweep(run: Path) -> None:
 
 def _by_step(run: Path) -> list[Path]:
     """The checkpoints that have their name, newest first."""
-    found = [path for path in (run / CHECKPOINTS).glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+    found = [
+        path for path in (run / CHECKPOINTS).glob("step_*") if path.name.removeprefix("step_").isdecimal()
+    ]
     return sorted(found, key=_step, reverse=True)
 
 

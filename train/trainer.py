@@ -32,6 +32,7 @@ from train.checkpoints import (
 )
 from train.config import TrainConfig
 from train.mirror import Mirror, check_wandb
+from train.resume import refuse_changes, refuse_other_circumstances
 from train.rows import Report, Rows, open_rows
 from train.run_folder import RunFolder, hold, refuse_occupied, versions
 from train.site_trainer import NonFiniteError, SiteTrainer
@@ -40,8 +41,6 @@ _log = logging.getLogger(__name__)
 
 # rows of the first generation that each site's first weights are placed by
 _FIRST_ROWS = 8192
-# what may differ when a run is resumed, for it changes no weight
-_FREE = frozenset({"out", "memory", "checkpoint_minutes", "wandb"})
 
 
 def train_run(
@@ -76,19 +75,6 @@ def train_run(
         sites = list(rows.ring.widths)
         run = RunFolder.create(config.out, config.to_dict(), sites=sites, device=str(rows.device))
         return _run(_Training(config, run, rows), report)
-
-
-def refuse_changes(run: RunFolder, config: TrainConfig) -> None:
-    """Raises UserError, with the differences, when a run would go on with another config than it has."""
-    was, asked = TrainConfig.from_dict(run.config()).to_dict(), config.to_dict()
-    changed = [name for name in was if was[name] != asked[name] and name not in _FREE]
-    if changed:
-        flags = (f"--{name.replace('_', '-')}: run has {was[name]}, asked {asked[name]}" for name in changed)
-        raise UserError(
-            "a run goes on with the config it began with",
-            "; ".join(flags),
-            "leave these flags out, or begin a new run with --out",
-        )
 
 
 def _resume(config: TrainConfig, model: LanguageModel | None, report: Report) -> RunFolder:
@@ -184,7 +170,7 @@ class _Training:
     def go_on_from(self, checkpoint: Checkpoint) -> None:
         """Takes up a checkpoint. Raises UserError when what it rests on has changed."""
         state = checkpoint.state
-        self._compare(state)
+        refuse_other_circumstances(state, self._circumstances())
         for site in self.rows.ring.widths:
             tensors, numbers = checkpoint.tensors(site), state["sites"][site]
             self.trainers[site] = SiteTrainer.resume(
@@ -228,11 +214,15 @@ class _Training:
     def _elapsed(self) -> float:
         return self._seconds + time.monotonic() - self._started
 
-    def _must_stay(self) -> dict[str, Any]:
+    def _circumstances(self) -> dict[str, Any]:
         """What decides the bits beside the config."""
         rows = self.rows
         made_by = {"device": rows.device.type, "kernel": self.kernel.name, "rows": str(rows.dtype)}
-        return {**made_by, "product": str(product_dtype(rows.device)), **rows.identity}
+        return {
+            "must_stay": {**made_by, "product": str(product_dtype(rows.device)), **rows.identity},
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+        }
 
     def _state(self, position: RingPosition) -> dict[str, Any]:
         return {
@@ -243,33 +233,9 @@ class _Training:
             "metrics_bytes": self.run.sync_metrics(),
             "wandb_id": self.run.record().get("wandb_id"),
             "config": self.config.to_dict(),
-            "must_stay": self._must_stay(),
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
+            **self._circumstances(),
             "generators": "none is used after the start: orders are hashes of (seed, position)",
         }
-
-    def _compare(self, state: dict[str, Any]) -> None:
-        was, now = state["must_stay"], self._must_stay()
-        differences = [
-            f"{name}: run has {was.get(name)}, now {now.get(name)}"
-            for name in {**was, **now}
-            if was.get(name) != now.get(name)
-        ]
-        if differences:
-            raise UserError(
-                "a run goes on with the rows and the arithmetic it began with",
-                "; ".join(differences),
-                "restore them, or begin a new run with --out",
-            )
-        for name, value in {"versions": versions(), "threads": torch.get_num_threads()}.items():
-            if state[name] != value:
-                _log.warning(
-                    "the run was made with %s %s and goes on with %s: the last bits may differ",
-                    name,
-                    state[name],
-                    value,
-                )
 
 
 def _run(training: _Training, report: Report) -> RunFolder:

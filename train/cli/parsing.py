@@ -23,11 +23,13 @@ def parse(
     verb: str,
     examples: list[str],
     from_dict: Callable[[Mapping[str, Any]], T] | None = None,
+    also: str = "",
 ) -> T:
     """Reads a verb's words into its dataclass, or exits with code 2 (0 after --help).
 
     With `from_dict` the verb also takes `--config FILE`, a run's run.json or a JSON object of the same
-    keys: its values take the place of the defaults. Raises UserError for values that the dataclass refuses.
+    keys: its values take the place of the defaults. `also` is said in the help. Raises UserError for values
+    that the dataclass refuses.
     """
     default: Any = None
     if from_dict is not None:
@@ -36,6 +38,8 @@ def parse(
     about = inspect.cleandoc(kind.__doc__ or "")
     if from_dict is not None:
         about += "\n\n--config FILE takes the values of a run's run.json in place of the defaults below."
+    if also:
+        about += f"\n\n{also}"
     lines = "\n".join(f"  jumpscope {example}" for example in examples)
     errors = io.StringIO()
     try:

@@ -9,13 +9,18 @@ from train.cli.console import say, stdout
 from train.cli.parsing import parse, take_path
 from train.cli.tables import training_summary
 from train.config import TrainConfig
+from train.resume import refuse_changes
 from train.run_folder import RUN, RunFolder, refuse_occupied
 
 
 def run(argv: list[str]) -> None:
     """Trains, or goes on with a run, and says what to do next."""
     argv, resumed = take_path(argv, "--resume", "a run folder")
-    config = _parse(argv) if resumed is None else _resumed(argv, resumed)
+    if resumed is None:
+        config = _parse(argv)
+        refuse_occupied(config.out)
+    else:
+        config = _resumed(argv, resumed)
     if resumed is not None and RunFolder.open(resumed).state() == "done":
         say(f"{resumed} is finished: there is nothing to go on with.")
     else:
@@ -35,6 +40,29 @@ def _parse(argv: list[str]) -> TrainConfig:
         "train --config runs/gemma/run.json --seed 1 --out runs/gemma-1",
         "train --resume runs/gemma",
     ]
-    config = parse(TrainConfig, argv, verb="train", examples=examples, from_dict=TrainConfig.from_dict)
-    refuse_occupied(config.out)
+    return parse(
+        TrainConfig,
+        argv,
+        verb="train",
+        examples=examples,
+        from_dict=TrainConfig.from_dict,
+        also="--resume RUN goes on with a run that was stopped, killed or failed, with its own flags.",
+    )
+
+
+def _resumed(argv: list[str], path: Path) -> TrainConfig:
+    """The run's own config; flags that are given must say the same, but for those that change no weight."""
+    run = RunFolder.open(path)
+    rest, other = take_path(argv, "--config", "a file")
+    if other is not None:
+        raise UserError(
+            "--resume takes the config from the run", f"--config {other} beside it", "leave one of them out"
+        )
+    asked = _parse(["--config", str(path / RUN), *rest])
+    if asked.out != run.config()["out"] and Path(asked.out).resolve() != path.resolve():
+        raise UserError(
+            "--resume goes on in the run's own folder", f"--out {asked.out}", f"leave it out: {path} is meant"
+        )
+    config = dataclasses.replace(asked, out=str(path))
+    refuse_changes(run, config)
     return config

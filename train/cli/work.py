@@ -115,7 +115,7 @@ def harvest(options: HarvestOptions) -> Store:
 
 
 def train(config: TrainConfig, *, resume: bool = False) -> RunFolder:
-    """Trains a run or goes on with it, with progress on the console. When it is stopped, says how to go on."""
+    """Trains a run, or goes on with it, with progress on the console. When stopped, says how to go on."""
     note(f"reading {config.store}" if config.store else f"loading {config.model}")
     try:
         with progress() as report:
