@@ -188,7 +188,7 @@ class ShuffleRing:
         """Up to `count` rows of the first generation, evenly spaced, before it is replaced; a copy in the
         ring's dtype.
         """
-        if self._statistics is None or len(self._generations) > 1:
+        if self._statistics is None or self._next_number > 1:
             raise RuntimeError("first_rows is for the time between reading `statistics` and the second round")
         filled = self._generations[0].rows
         return self._buffers[site][:filled][:: max(1, filled // count)][:count].clone()
@@ -362,6 +362,6 @@ class _Stream:
         return self._batch, place, count
 
 
-def _digest_tokens(digest: "hashlib._Hash", rows: RowMap, part: slice) -> None:
+def _digest_tokens(digest: hashlib.blake2b, rows: RowMap, part: slice) -> None:
     for column in (rows.document, rows.position, rows.token):
         digest.update(column[part].cpu().numpy().tobytes())
