@@ -10,33 +10,21 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from resume_fakes import RING, assert_same, harvest, make_sizes
 
-import sae
-from train.cli.main import main
+from sae.errors import UserError
+from train.config import TrainConfig
 from train.run_folder import RunFolder
+from train.trainer import train_run
 
 HERE = Path(__file__).resolve().parent
-RING = 256
 SEED = random.randrange(10**6)
 
 
 @pytest.fixture(scope="module")
 def sizes(tiny_folder, tmp_path_factory):
-    """Two sites, 36 steps, a ring that is filled anew several times, a checkpoint at each step."""
-    corpus = tmp_path_factory.mktemp("text") / "text.jsonl"
-    words = "the cat sat on a mat while capital of France is Paris and Rome".split()
-    lines = (" ".join(words[(i * 7 + j * j) % len(words)] for j in range(40)) + f" {i}" for i in range(24))
-    corpus.write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    inputs = {
-        "model": str(tiny_folder),
-        "corpus": str(corpus),
-        "context": 32,
-        "model_batch": 2,
-        "layers": "1-2",
-    }
-    steps = {"width": 64, "l0": 5.0, "tokens": 1200, "batch": 64, "passes": 2, "log_every": 3}
-    return {**inputs, **steps, "dtype": "float32", "device": "cpu", "checkpoint_minutes": 1e-9}
+    """A short run's config, with a checkpoint at each step."""
+    return {**make_sizes(tiny_folder, tmp_path_factory.mktemp("text")), "checkpoint_minutes": 1e-9}
 
 
 class Server:
@@ -84,12 +72,7 @@ def server(sizes, tmp_path_factory):
 @pytest.fixture(scope="module")
 def store(sizes, tmp_path_factory):
     """The rows of all layers, as the live runs see them."""
-    out = tmp_path_factory.mktemp("store") / "store"
-    flags = [f"--{name.replace('_', '-')}={sizes[name]}" for name in ("model", "corpus", "context", "tokens")]
-    flags += ["--model-batch=2", "--dtype=float32", "--device=cpu", f"--out={out}"]
-    # the corpus has fewer tokens than that: as many rows as one pass gives
-    assert main(["harvest", *flags]) == 0
-    return str(out)
+    return harvest(sizes, tmp_path_factory.mktemp("store") / "store")
 
 
 @pytest.fixture(scope="module")
@@ -100,26 +83,6 @@ def undisturbed(server, store, tmp_path_factory):
     for source, out in found.items():
         assert server.train(out, store=source) == 0, server.errors
     return found
-
-
-def weights(run):
-    return {
-        (site, name): tensor
-        for site in RunFolder.open(run).sites()
-        for name, tensor in sae.load(run / "sites" / site).state_dict().items()
-    }
-
-
-def assert_same(run, other):
-    """Both are done, with the same weights and metrics to the last bit, and hold nothing else."""
-    mine, theirs = weights(run), weights(other)
-    assert mine.keys() == theirs.keys()
-    for key, tensor in theirs.items():
-        assert torch.equal(mine[key], tensor), key
-    assert (run / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    assert RunFolder.open(run).state() == "done"
-    assert sorted(path.name for path in run.iterdir()) == [".lock", "metrics.jsonl", "run.json", "sites"]
-    assert not list(run.rglob("*.tmp"))
 
 
 def test_the_runs_are_long_enough_to_be_worth_breaking(undisturbed):
@@ -153,8 +116,7 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(turn, server, store, undis
         places.append([name, draw.randint(*KILLS[name])])
         code = server.train(tmp_path / "run", at=places[-1], store=source)
         assert code in (0, -signal.SIGKILL), (SEED, places, server.errors)
-    while (code := server.train(tmp_path / "run", store=source)) != 0:
-        raise AssertionError((SEED, places, code, server.errors))
+    assert server.train(tmp_path / "run", store=source) == 0, (SEED, places, server.errors)
     assert_same(tmp_path / "run", undisturbed[source])
 
 
@@ -169,3 +131,39 @@ def test_a_run_killed_at_any_moment_goes_on(turn, server, undisturbed, tmp_path)
         server.end()
     assert server.train(tmp_path / "run") == 0, (SEED, waits, server.errors)
     assert_same(tmp_path / "run", undisturbed[""])
+
+
+def test_a_run_that_is_frozen_for_a_while_goes_on(server, undisturbed, tmp_path):
+    pid = server.start(tmp_path / "run")
+    for _ in range(3):
+        time.sleep(0.1)
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGCONT)
+    assert server.end() == 0, server.errors
+    assert_same(tmp_path / "run", undisturbed[""])
+
+
+@pytest.mark.parametrize("sent", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("place", [["step", 31], ["forward", 7], ["log", 2], ["save", 9], ["fsync", 60]])
+def test_a_signal_at_any_place_leaves_a_checkpoint_to_go_on_from(sent, place, server, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    assert server.train(run, at=place, sent=sent) == 130, server.errors
+    assert RunFolder.open(run).state().startswith("stopped: " + {"SIGINT": "Ctrl-C"}.get(sent, sent))
+    assert list(run.glob("checkpoints/step_*"))
+    assert len(list(run.glob("sites/*/cfg.json"))) == 2
+    assert server.train(run) == 0, server.errors
+    assert_same(run, undisturbed[""])
+
+
+def test_a_second_job_is_refused_while_the_first_one_writes(server, undisturbed, sizes, tmp_path):
+    run = tmp_path / "run"
+    pid = server.start(run)
+    while not list(run.glob("checkpoints/step_*")):
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(UserError, match=f"another one is training into {run}"):
+        train_run(TrainConfig(**sizes, out=str(run)), resume=True)
+    os.kill(pid, signal.SIGCONT)
+    assert server.end() == 0, server.errors
+    assert_same(run, undisturbed[""])
