@@ -309,7 +309,7 @@ def test_checkpoints_come_by_the_clock_that_does_not_jump(make, monkeypatch, tmp
 
 
 def test_no_global_generator_is_used(make):
-    """Which is why a checkpoint has no generator's state. (Python's own is used by the tests' type checks.)"""
+    """Which is why checkpoints keep no generator's state. (Python's own serves the tests' type checks.)"""
     torch.manual_seed(5)
     states = (torch.get_rng_state(), np.random.get_state()[1].copy())
     make()
@@ -351,3 +351,17 @@ def test_all_sites_equal_separate_runs_live_and_from_a_store(sizes, make, tmp_pa
             alone = weights(make(tokens=800, layers=str(layer), store=source, out=str(out)).path)
             assert len(alone) == len(live) / 4
             assert all(torch.equal(live[key], tensor) for key, tensor in alone.items())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"dtype": "bfloat16"}, {"kernel": "reference"}, {"beta1": 0.0}, {"passes": 1}, {"log_every": 7}],
+)
+def test_whatever_the_config_a_resume_is_exact(fields, make, tmp_path):
+    model = None if "dtype" in fields else wrapped_model("gemma3")
+    whole = make(**fields, model=model, out=str(tmp_path / "whole"))
+    for step in (1, 6, 17):
+        with pytest.raises(KeyboardInterrupt):
+            make(**fields, model=model, resume=step > 1, on_progress=stop_at(step))
+    make(**fields, model=model, resume=True)
+    assert_same(tmp_path / "run", whole.path)
