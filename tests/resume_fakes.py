@@ -19,8 +19,10 @@ def make_sizes(model, folder):
     lines = (" ".join(words[(i * 7 + j * j) % len(words)] for j in range(40)) + f" {i}" for i in range(24))
     corpus.write_text("\n".join(json.dumps({"text": line}) for line in lines))
     inputs = {"model": str(model), "corpus": str(corpus), "context": 32, "model_batch": 2, "layers": "1-2"}
+    # silence counts after a few steps, so that a lost count is seen
+    silence = {"dead_after": 320, "pull_after": 128}
     steps = {"width": 64, "l0": 5.0, "tokens": 1200, "batch": 64, "passes": 2, "log_every": 3}
-    return {**inputs, **steps, "dtype": "float32", "device": "cpu"}
+    return {**inputs, **steps, **silence, "dtype": "float32", "device": "cpu"}
 
 
 def harvest(sizes, out):
