@@ -54,7 +54,7 @@ def parse() -> argparse.Namespace:
 def filling_ring(model: LanguageModel, counted: Counted, sites: tuple[str, ...], batch: int) -> ShuffleRing:
     """A ring that takes in one batch a round: each harvest is about one batch of blocks."""
     ring = ShuffleRing(
-        harvest_rows(model, counted, sites),
+        lambda _: harvest_rows(model, counted, sites),
         {site: model.site_width(site) for site in sites},
         dtype=model.dtype,
         rows=2 * batch,

@@ -77,7 +77,7 @@ def atomic_write(path: Path | str, content: bytes | Callable[[Path], object]) ->
                 os.fsync(file.fileno())
             temporary.chmod(0o666 & ~_umask())
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -142,8 +142,9 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
-    # the rename itself is durable only once its folder is flushed; not every platform lets a folder be opened
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder last, where the platform lets a folder be flushed."""
+    # a rename is durable only once its folder is flushed
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -104,7 +104,8 @@ def test_a_real_model_is_harvested_into_the_ring_with_its_way_back(tiny_model, t
     assert not torch.isin(
         torch.cat([batch.map.token for batch in found[1]]), torch.tensor(tiny_model.special_ids)
     ).any()
-    ring = ShuffleRing(iter(found[3]), widths, dtype=tiny_model.dtype, rows=64, batch=16, passes=2, seed=0)
+    sizes = {"rows": 64, "batch": 16, "passes": 2, "seed": 0}
+    ring = ShuffleRing(lambda _: iter(found[3]), widths, dtype=tiny_model.dtype, **sizes)
     batches = [{site: batch[site] for site in sites} for batch in ring]
     assert len(batches) == len(alone) * 2 // 16
     assert {tuple(batch[sites[0]].shape) for batch in batches} == {(16, 64)}

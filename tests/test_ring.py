@@ -1,5 +1,6 @@
 """The shuffle ring: how often each row is served, in which order, and what it costs."""
 
+import json
 import logging
 from collections import Counter
 
@@ -8,17 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from activations.blocks import Cursor
 from activations.harvest import RowBatch, RowMap
+from activations.positions import RingPosition
 from activations.ring import RunningStatistics, ShuffleRing, ring_bytes, ring_rows, rows_for_memory
 from sae.errors import UserError
 
 WIDTHS = {"blocks.0.hook_resid_post": 3, "blocks.1.attn.hook_z": 5}
 NARROW, WIDE = WIDTHS
+START = Cursor()
 
 
-def source(n, chunks=(7,), dtype=torch.float32):
+def source(n, chunks=(7,), dtype=torch.float32, begin=START):
     """Row i holds i in every column (plus 1000 at the second site); batches have `chunks` rows in turn."""
-    start, turn = 0, 0
+    start, turn = begin.kept, begin.document
     while start < n:
         size = min(chunks[turn % len(chunks)], n - start)
         ids = torch.arange(start, start + size)
@@ -28,14 +32,20 @@ def source(n, chunks=(7,), dtype=torch.float32):
                 for place, (site, width) in enumerate(WIDTHS.items())
             },
             map=RowMap(*(ids.int(),) * 3),
+            begin=Cursor(kept=start, document=turn),
         )
         start, turn = start + size, turn + 1
 
 
-def ring(n, *, rows=24, batch=4, passes=3, seed=0, chunks=(7,), dtype=torch.float32):
-    return ShuffleRing(
-        source(n, chunks, dtype), WIDTHS, dtype=dtype, rows=rows, batch=batch, passes=passes, seed=seed
-    )
+def ring(n, *, chunks=(7,), dtype=torch.float32, harvested=None, **options):
+    def rows(begin):
+        for batch in source(n, chunks, dtype, begin):
+            if harvested is not None:
+                harvested.append((batch.begin.kept, len(batch)))
+            yield batch
+
+    sizes = {"rows": 24, "batch": 4, "passes": 3, "seed": 0}
+    return ShuffleRing(rows, WIDTHS, dtype=dtype, **{**sizes, **options})
 
 
 def serve(it):
@@ -143,7 +153,9 @@ def test_statistics_are_those_of_the_first_generation_and_come_before_the_batche
         [400.0, -3, 0]
     )
     batch = RowBatch(rows={"a": rows.float()}, map=RowMap(*(torch.zeros(200, dtype=torch.int32),) * 3))
-    stock = ShuffleRing(iter([batch]), {"a": 3}, dtype=torch.float32, rows=120, batch=10, passes=2, seed=0)
+    stock = ShuffleRing(
+        lambda _: iter([batch]), {"a": 3}, dtype=torch.float32, rows=120, batch=10, passes=2, seed=0
+    )
     got = stock.statistics["a"]
     first = rows.float().double()[:60]
     assert got.n == 60
@@ -183,3 +195,100 @@ def test_too_little_of_anything_is_an_error_with_numbers():
         rows_for_memory(191, WIDTHS, dtype=torch.bfloat16, batch=4, passes=3)
     with pytest.raises(UserError, match="passes"):
         ring(100, passes=0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.integers(1, 200),
+    st.integers(1, 6),
+    st.integers(1, 4),
+    st.integers(1, 60),
+    st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    st.lists(st.integers(0, 60), min_size=1, max_size=3),
+)
+def test_a_ring_resumed_after_any_batch_serves_what_would_have_come(n, batch, passes, rows, chunks, stops):
+    options = {"batch": batch, "passes": passes, "rows": rows, "chunks": tuple(chunks)}
+    if ring_rows(rows, batch=batch, passes=passes) == 0 or n < batch:
+        return
+    whole = serve(ring(n, **options))
+    got, position, harvested = [], None, []
+    for stop in [*stops, None]:
+        harvested = []
+        stock = ring(n, resume=position, harvested=harvested, **options)
+        for served, made in enumerate(stock, 1):
+            got.append({site: made[site] for site in made})
+            if served == 1 and position is not None:
+                # what was read before the stop and again: the stock, in whole batches of the source
+                again = sum(size for first, size in harvested if first < position_row(position))
+                assert again < stock.rows + 2 * max(chunks)
+            if served == stop:
+                break
+        position = RingPosition.from_dict(json.loads(json.dumps(stock.position().to_dict())))
+    assert len(got) == len(whole)
+    assert all(torch.equal(a[site], b[site]) for a, b in zip(got, whole, strict=True) for site in WIDTHS)
+    assert stock.rows_served == len(whole) * batch
+    assert stock.rows_harvested == n
+
+
+def position_row(position):
+    """Number of the first row that the ring had not taken in."""
+    last = position.generations[-1]
+    return last.first + last.rows
+
+
+def test_a_resume_harvests_only_what_is_still_to_be_served():
+    stock = ring(1000, chunks=(8,))
+    batches = iter(stock)
+    for _ in range(2 + 4 + 6 + 6 + 3):
+        next(batches)
+    harvested = []
+    next(iter(ring(1000, chunks=(8,), resume=stock.position(), harvested=harvested)))
+    # the fifth round serves rows 16 to 39
+    assert harvested == [(16, 8), (24, 8), (32, 8)]
+
+
+def test_a_failed_harvest_leaves_the_position_behind_the_last_batch():
+    """The source ends in an error in the middle of a generation; the rows that it gave are not counted."""
+    whole = serve(ring(200, rows=60, batch=4, passes=3, chunks=(3,)))
+
+    def breaking(begin):
+        for rows in source(200, (3,), begin=begin):
+            if rows.begin.kept > 70:
+                raise OSError("gone")
+            yield rows
+
+    stock = ShuffleRing(breaking, WIDTHS, dtype=torch.float32, rows=60, batch=4, passes=3, seed=0)
+    got = []
+    with pytest.raises(OSError, match="gone"):
+        got.extend({site: batch[site] for site in batch} for batch in stock)
+    got += serve(ring(200, rows=60, batch=4, passes=3, chunks=(3,), resume=stock.position()))
+    assert len(got) == len(whole)
+    assert all(torch.equal(a[NARROW], b[NARROW]) for a, b in zip(got, whole, strict=True))
+
+
+def test_a_source_that_changed_is_noticed(caplog):
+    stock = ring(100)
+    next(iter(stock))
+    position = stock.position()
+    with pytest.raises(UserError, match=r"rows 0 to 8 again.*5 of 8 rows"):
+        serve(ring(5, resume=position))
+
+    def other(begin, tokens=0, values=0.0):
+        for rows in source(100, begin=begin):
+            changed = RowMap(rows.map.document, rows.map.position, rows.map.token + tokens)
+            parts = {site: part + values for site, part in rows.rows.items()}
+            yield RowBatch(rows=parts, map=changed, begin=rows.begin)
+
+    sizes = {"dtype": torch.float32, "rows": 24, "batch": 4, "passes": 3, "seed": 0, "resume": position}
+    with pytest.raises(UserError, match="other tokens"):
+        serve(ShuffleRing(lambda begin: other(begin, tokens=1), WIDTHS, **sizes))
+    assert not caplog.records
+    serve(ShuffleRing(lambda begin: other(begin, values=1e-6), WIDTHS, **sizes))
+    assert "not bit for bit" in caplog.text
+
+
+def test_another_shape_is_not_resumed():
+    stock = ring(100)
+    next(iter(stock))
+    with pytest.raises(UserError, match=r"\(24, 4, 3, 0\).*\(12, 4, 3, 0\)"):
+        ring(100, rows=12, resume=stock.position())

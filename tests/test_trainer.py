@@ -43,7 +43,7 @@ def config(**fields) -> TrainConfig:
 
 
 def untrained(x: torch.Tensor, cfg: TrainConfig, site=SITE, kernel="auto") -> SiteTrainer:
-    return SiteTrainer(cfg, site, moments(x), x, make_kernel(choose_kernel(x.device, kernel)))
+    return SiteTrainer.begin(cfg, site, moments(x), x, make_kernel(choose_kernel(x.device, kernel)))
 
 
 def trained(x: torch.Tensor, cfg: TrainConfig, steps=400, kernel="auto") -> SiteTrainer:
@@ -91,7 +91,7 @@ def test_l0_is_steered_where_the_penalty_alone_would_miss():
     missed = []
     for gain in (0.0, 0.02):
         trainer = trained(x, config(l0_gain=gain))
-        trainer.metrics()  # forgets the way there
+        trainer.forget()  # the way there
         for step in range(100):
             trainer.step(x[step % 16 * 256 :][:256], 0.8)
         missed.append(abs(trainer.metrics()["l0"] - 6))

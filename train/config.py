@@ -3,6 +3,7 @@ folder.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -105,6 +106,8 @@ class TrainConfig(Config):
     """Run folder to create."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints, from which `--resume` goes on."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Mirror the metrics to Weights & Biases."""
 
@@ -124,6 +127,7 @@ class TrainConfig(Config):
             "pull_after",
             "memory",
             "log_every",
+            "checkpoint_minutes",
         ):
             if not getattr(self, name) > 0:
                 raise UserError(
@@ -161,6 +165,8 @@ class TrainConfig(Config):
                     f"{getattr(self, name)}",
                     "the defaults 0.9 and 0.999 suit most runs",
                 )
+        if not math.isfinite(self.checkpoint_minutes):
+            raise UserError("--checkpoint-minutes must be finite", "infinity", "give a large number")
         if self.sparsity_coefficient < 0:
             raise UserError(
                 "--sparsity-coefficient must not be negative",

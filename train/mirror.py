@@ -26,6 +26,9 @@ class Mirror:
             dir=self._run.path,
             config=self._config.to_dict(),
             mode=self._config.wandb,
+            # a resumed run goes on in its own mirror
+            id=self._run.record().get("wandb_id"),
+            resume="allow",
             settings=wandb.Settings(console="off", silent=True, disable_git=True, x_disable_stats=True),
         )
         self._run.set_state("running", wandb_id=self._wandb.id)

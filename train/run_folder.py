@@ -3,19 +3,25 @@
 The viewer reads runs through this module alone, so it imports nothing of the training itself.
 """
 
+import contextlib
 import importlib.metadata
 import json
+import logging
+import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock, Timeout
 
 from sae.errors import UserError
 from sae.files import disk_errors, make_folder, read_json, write_json
 
-RUN, METRICS, EVAL = "run.json", "metrics.jsonl", "eval.json"
+_log = logging.getLogger(__name__)
+
+RUN, METRICS, EVAL, LOCK = "run.json", "metrics.jsonl", "eval.json", ".lock"
 FORMAT = 1
 _VERSIONS = ("jumpscope", "torch", "transformers", "transformer-lens")
 
@@ -42,7 +48,7 @@ class RunFolder:
             "device": device,
             "state": "running",
             "git_commit": _git_commit(),
-            "versions": {name: _version(name) for name in _VERSIONS},
+            "versions": versions(),
         }
         run = cls(path, record)
         run._write()
@@ -101,9 +107,34 @@ class RunFolder:
         return self.path / "index" / site
 
     def log(self, lines: list[dict[str, Any]]) -> None:
-        """Appends lines to metrics.jsonl."""
-        with disk_errors(self.path / METRICS), (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        """Appends lines to metrics.jsonl: all of them, or none when the disk refuses."""
+        rest = memoryview("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+        path = self.path / METRICS
+        # unbuffered, so that nothing is written after the file was cut back
+        with disk_errors(path), path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except BaseException:
+                file.truncate(before)
+                raise
+
+    def sync_metrics(self) -> int:
+        """Makes metrics.jsonl last as it stands; returns its bytes."""
+        path = self.path / METRICS
+        with disk_errors(path), path.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def cut_metrics(self, n_bytes: int) -> None:
+        """Takes metrics.jsonl back to an earlier length, and says so if it is shorter than that already."""
+        path = self.path / METRICS
+        with disk_errors(path), path.open("ab") as file:
+            if file.tell() < n_bytes:
+                _log.warning("%s has lost lines: %d bytes instead of %d", path, file.tell(), n_bytes)
+            else:
+                file.truncate(n_bytes)
 
     def metrics(self) -> pd.DataFrame:
         """metrics.jsonl, a row per logging step and site; a last line cut short by a kill is left out."""
@@ -130,8 +161,37 @@ class RunFolder:
         """Held-out metrics by site; empty when `jumpscope eval` has not run yet."""
         return read_json(self.path / EVAL) if (self.path / EVAL).is_file() else {}
 
+    def sweep(self) -> None:
+        """Removes temporary files that a killed process left."""
+        for pattern in (".*.tmp", "sites/*/.*.tmp"):
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
+
     def _write(self) -> None:
         write_json(self.path / RUN, self._record)
+
+
+@contextlib.contextmanager
+def hold(path: Path | str) -> Iterator[None]:
+    """Makes this process the only one that trains into a run folder, which is made if need be.
+
+    The system lets go of it when the process ends, however it ends. Raises UserError at once when another
+    process holds it.
+    """
+    lock = FileLock(make_folder(path) / LOCK, timeout=0)
+    try:
+        with disk_errors(path):
+            lock.acquire()
+    except Timeout:
+        raise UserError(
+            "a run folder must be written by one process at a time",
+            f"another one is training into {path}",
+            "wait for it, stop it, or choose another --out",
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def refuse_occupied(path: Path | str) -> None:
@@ -143,10 +203,19 @@ def refuse_occupied(path: Path | str) -> None:
             f"{path} holds another run",
             "choose another --out, or delete that run first",
         )
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    # the lock and what a kill left of the first file are nobody's work
+    ours = (LOCK, f".{RUN}.")
+    if path.exists() and (
+        not path.is_dir() or any(not entry.name.startswith(ours) for entry in path.iterdir())
+    ):
         raise UserError(
             "--out must be a new or an empty folder", f"{path} holds other files", "choose another --out"
         )
+
+
+def versions() -> dict[str, str | None]:
+    """The versions of the packages that make a run's numbers."""
+    return {name: _version(name) for name in _VERSIONS}
 
 
 def _version(package: str) -> str | None:

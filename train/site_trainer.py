@@ -3,6 +3,8 @@ another site.
 """
 
 import hashlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,7 @@ from torch import Tensor
 from activations.ring import RowStatistics
 from sae.jumprelu import DictionaryConfig, JumpReLU
 from sae.kernels.dispatch import StepKernel, product_dtype
-from sae.kernels.step import Job, StepFigures, StepSettings, StepState, StepWeights
+from sae.kernels.step import TRAINED, Job, Moments, StepFigures, StepSettings, StepState, StepWeights
 from sae.losses import Sparsity
 from train.config import TrainConfig
 from train.schedule import l0_aim, lr_factor
@@ -34,20 +36,33 @@ class SiteTrainer:
     """
 
     def __init__(
-        self,
+        self, config: TrainConfig, site: str, state: StepState, bandwidth: float, kernel: StepKernel
+    ) -> None:
+        """Takes a state as it is; `begin` makes the first one and `resume` an earlier one."""
+        self.config, self.site, self.kernel = config, site, kernel
+        self.state, self.weights, self.scale = state, state.weights, state.scale_in
+        self.bandwidth = bandwidth
+        """In scaled units."""
+        device = state.weights.W_dec.device
+        self.product_dtype = product_dtype(device)
+        self._window = _Window(state.weights.W_dec.shape[1], device)
+
+    @classmethod
+    def begin(
+        cls,
         config: TrainConfig,
         site: str,
         statistics: RowStatistics,
         first_rows: Float[Tensor, "row d_in"],
         kernel: StepKernel,
-    ) -> None:
-        self.config, self.site, self.scale, self.kernel = config, site, statistics.scale, kernel
-        device, d_in = first_rows.device, first_rows.shape[1]
+    ) -> "SiteTrainer":
+        """The trainer before its first step, placed by a site's statistics and some of its rows."""
+        device = first_rows.device
         generator = torch.Generator().manual_seed(_site_seed(config.seed, site))
-        mean = (statistics.mean / self.scale).to(device)
-        centred = first_rows.float() / self.scale - mean
+        mean = (statistics.mean / statistics.scale).to(device)
+        centred = first_rows.float() / statistics.scale - mean
         directions = _first_directions(centred, config.width, config.principal, generator)
-        self.weights = StepWeights(
+        weights = StepWeights(
             W_enc_t=directions.clone(),
             b_enc=torch.zeros(config.width, device=device),
             W_dec=directions,
@@ -56,12 +71,55 @@ class SiteTrainer:
             b_dec=mean,
             threshold=torch.zeros(config.width, device=device),
         )
-        self.bandwidth = self._place_thresholds(centred)
-        self.product_dtype = product_dtype(device)
-        self.state = StepState.begin(
-            self.weights, beta1=config.beta1, scale_in=self.scale, scale_out=self.scale
+        bandwidth = _place_thresholds(config, weights, centred)
+        scale = statistics.scale
+        state = StepState.begin(weights, beta1=config.beta1, scale_in=scale, scale_out=scale)
+        return cls(config, site, state, bandwidth, kernel)
+
+    @classmethod
+    def resume(
+        cls,
+        config: TrainConfig,
+        site: str,
+        tensors: Mapping[str, Tensor],
+        numbers: Mapping[str, Any],
+        kernel: StepKernel,
+        device: torch.device,
+    ) -> "SiteTrainer":
+        """The trainer that `tensors` and `numbers` were taken from, with not a bit of difference."""
+        # copies in memory that torch aligned itself, as the first ones were
+        there = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+
+        def named(prefix: str) -> dict[str, Tensor]:
+            return {name: there[prefix + name] for name in TRAINED}
+
+        scale = numbers["scale"]
+        state = StepState(
+            weights=StepWeights(**named(""), b_in=there["b_dec"]),
+            first=Moments(**named("first.")) if config.beta1 else None,
+            second=Moments(**named("second.")),
+            silent_for=there["silent_for"],
+            l0_shift=there["l0_shift"],
+            scale_in=scale,
+            scale_out=scale,
+            steps=numbers["steps"],
         )
-        self._window = _Window(d_in, device)
+        trainer = cls(config, site, state, numbers["bandwidth"], kernel)
+        trainer._window.restore(there, numbers["window_rows"])
+        return trainer
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the trainer, by name: for a checkpoint."""
+        return {**dict(self.state.tensors()), **self._window.tensors()}
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything of the trainer that is no tensor, as JSON has it."""
+        return {
+            "steps": self.state.steps,
+            "scale": self.scale,
+            "bandwidth": self.bandwidth,
+            "window_rows": self._window.rows,
+        }
 
     def step(self, rows: Float[Tensor, "batch d_in"], share: float) -> None:
         """One update from a batch of raw rows; `share` is the part of the run that is done.
@@ -82,13 +140,17 @@ class SiteTrainer:
             self._check_finite()
 
     def metrics(self) -> dict[str, float]:
-        """Means since the last call, and the share of latents dead now. Raises as `step` does."""
+        """Means since `forget`, and the share of latents dead now. Raises as `step` does."""
         self._check_finite()
         return {
-            **self._window.take(),
+            **self._window.means(),
             "dead": float((self.state.silent_for >= self.config.dead_after).float().mean()),
             "threshold": float(self.weights.threshold.mean() * self.scale),
         }
+
+    def forget(self) -> None:
+        """Lets the next `metrics` count from here."""
+        self._window.clear()
 
     def dictionary(self, cfg: DictionaryConfig) -> JumpReLU:
         """The dictionary as it stands, for raw activations: scale and input bias folded in.
@@ -128,14 +190,6 @@ class SiteTrainer:
         if bool(error):
             raise NonFiniteError(f"{self.site}: rows or loss are not finite in {int(error)} steps")
 
-    def _place_thresholds(self, centred: Float[Tensor, "row d_in"]) -> float:
-        """Puts thresholds where L0 is `l0_start` times the target; returns the bandwidth in scaled units."""
-        sample = centred[: max(64, _SAMPLE // self.config.width)]
-        pre = sample @ self.weights.W_enc_t.T
-        firing = min(pre.numel(), max(1, round(self.config.l0_start * self.config.l0 * len(sample))))
-        self.weights.threshold.fill_(pre.flatten().topk(firing).values[-1].clamp(min=0))
-        return self.config.bandwidth * float(pre.std())
-
 
 class _Window:
     """Sums of a site's figures between two logging steps, on the device so that no step waits for them."""
@@ -143,7 +197,7 @@ class _Window:
     def __init__(self, d_out: int, device: torch.device) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._y = torch.zeros(d_out, dtype=torch.float64, device=device)
-        self._rows = 0
+        self.rows = 0
         self.refused = torch.zeros((), dtype=torch.long, device=device)
         """Steps that were not made."""
 
@@ -153,19 +207,40 @@ class _Window:
             [figures.squared_error.sum(), figures.l0.sum(), figures.sparsity * batch, figures.y_square]
         )
         self._y += figures.y_sum
-        self._rows += batch
+        self.rows += batch
         self.refused += ~figures.finite
 
-    def take(self) -> dict[str, float]:
-        """L0, FVU about the rows' own mean, loss; then starts again. Empty before the first step."""
-        if not self._rows:
+    def means(self) -> dict[str, float]:
+        """L0, FVU about the rows' own mean, loss. Empty before the first step."""
+        if not self.rows:
             return {}
-        error, l0, sparsity, square = (self._sums / self._rows).tolist()
-        variance = square - float(((self._y / self._rows) ** 2).sum())
+        error, l0, sparsity, square = (self._sums / self.rows).tolist()
+        variance = square - float(((self._y / self.rows) ** 2).sum())
+        return {"l0": l0, "fvu": error / variance if variance > 0 else 0.0, "loss": error + sparsity}
+
+    def clear(self) -> None:
+        """Starts again."""
         self._sums.zero_()
         self._y.zero_()
-        self._rows = 0
-        return {"l0": l0, "fvu": error / variance if variance > 0 else 0.0, "loss": error + sparsity}
+        self.rows = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        return {"window.sums": self._sums, "window.y": self._y, "window.refused": self.refused}
+
+    def restore(self, tensors: Mapping[str, Tensor], rows: int) -> None:
+        """The inverse of `tensors`."""
+        self._sums, self._y = tensors["window.sums"], tensors["window.y"]
+        self.refused, self.rows = tensors["window.refused"], rows
+
+
+def _place_thresholds(config: TrainConfig, weights: StepWeights, centred: Float[Tensor, "row d_in"]) -> float:
+    """Puts thresholds where L0 is `l0_start` times the target; returns the bandwidth in scaled units."""
+    sample = centred[: max(64, _SAMPLE // config.width)]
+    pre = sample @ weights.W_enc_t.T
+    firing = min(pre.numel(), max(1, round(config.l0_start * config.l0 * len(sample))))
+    weights.threshold.fill_(pre.flatten().topk(firing).values[-1].clamp(min=0))
+    return config.bandwidth * float(pre.std())
 
 
 def _first_directions(

@@ -1,38 +1,41 @@
-"""The training run: rows in, one dictionary per site out. The loop is `_train`; the rest prepares and
-keeps.
+"""The training run: rows in, one dictionary per site out. The loop is `_loop`; the rest prepares, keeps and
+goes on.
 """
 
 import contextlib
-import dataclasses
 import logging
 import signal
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 import torch
 
 import sae
-from activations.blocks import TokenBlocks, iter_blocks
-from activations.corpora import Corpus, load_corpus
-from activations.harvest import RowBatch, harvest_rows
-from activations.models import LanguageModel, load_model
+from activations.models import LanguageModel
+from activations.positions import RingPosition
 from activations.precision import pick_device
-from activations.ring import ShuffleRing
-from activations.shapes import model_shape
-from activations.sites import expand_sites, layer_of
-from activations.store import open_store
+from activations.ring import RingBatch
 from sae.errors import UserError
 from sae.files import make_folder
 from sae.jumprelu import DictionaryConfig
-from sae.kernels.dispatch import choose_kernel, make_kernel
-from sae.numbers import format_count
+from sae.kernels.dispatch import choose_kernel, make_kernel, product_dtype
+from train.checkpoints import (
+    Checkpoint,
+    newest_step,
+    newest_whole,
+    remove_checkpoints,
+    sweep,
+    write_checkpoint,
+)
 from train.config import TrainConfig
 from train.mirror import Mirror, check_wandb
-from train.plan import fixed_costs, plan_ring_rows
-from train.run_folder import RunFolder, refuse_occupied
-from train.site_trainer import SiteTrainer
+from train.resume import refuse_changes, refuse_other_circumstances
+from train.rows import Report, Rows, open_rows
+from train.run_folder import RunFolder, hold, refuse_occupied, versions
+from train.site_trainer import NonFiniteError, SiteTrainer
 
 _log = logging.getLogger(__name__)
 
@@ -40,212 +43,249 @@ _log = logging.getLogger(__name__)
 _FIRST_ROWS = 8192
 
 
-Report = Callable[[str, int, int, str], object]
-"""Told what is going on (`harvest` or `train`), how much of it is done, of how much, and a detail to show."""
-
-
 def train_run(
     config: TrainConfig,
     *,
     model: LanguageModel | None = None,
     on_progress: Report | None = None,
+    resume: bool = False,
 ) -> RunFolder:
     """Trains every site of `config` and leaves a run folder, also when stopped by Ctrl-C or SIGTERM.
+
+    With `resume` the run in `config.out` goes on from its newest checkpoint, from the start when it has
+    none, and ends with the weights and metrics of a run that was never stopped: on a CPU, bit for bit. One
+    that is done is left as it is.
 
     `model` spares loading `config.model` again. Raises UserError for what the config asks wrongly, before
     anything is written; KeyboardInterrupt after saving what is there; NonFiniteError naming the site, the
     run's state then says why it failed.
     """
-    refuse_occupied(config.out)
+    report = on_progress or (lambda what, done, total, detail: None)
+    if resume:
+        refuse_changes(RunFolder.open(config.out), config)
+    else:
+        refuse_occupied(config.out)
     check_wandb(config.wandb)
     choose_kernel(pick_device(config.device), config.kernel)
-    on_progress = on_progress or (lambda what, done, total, detail: None)
-    rows = _open_rows(config, model, on_progress)
-    run = RunFolder.create(
-        config.out, config.to_dict(), sites=list(rows.ring.widths), device=str(rows.device)
-    )
-    started, trainers = time.time(), {}
+    if resume:
+        with hold(config.out):
+            return _resume(config, model, report)
+    rows = open_rows(config, model, report)
+    with hold(config.out):
+        sites = list(rows.ring.widths)
+        run = RunFolder.create(config.out, config.to_dict(), sites=sites, device=str(rows.device))
+        return _run(_Training(config, run, rows), report)
+
+
+def _resume(config: TrainConfig, model: LanguageModel | None, report: Report) -> RunFolder:
+    run = RunFolder.open(config.out)
+    run.sweep()
+    sweep(run.path)
+    if run.state() == "done":
+        remove_checkpoints(run.path)
+        return run
+    checkpoint = newest_whole(run.path)
+    position = RingPosition.from_dict(checkpoint.state["position"]) if checkpoint else None
+    rows = open_rows(config, model, report, position)
+    training = _Training(config, run, rows)
+    run.cut_metrics(checkpoint.state["metrics_bytes"] if checkpoint else 0)
+    if checkpoint is not None:
+        training.go_on_from(checkpoint)
+    run.set_state("running", config=config.to_dict())
+    return _run(training, report)
+
+
+class _Training:
+    """The trainers of all sites, where they stand, and how that is kept.
+
+    `position` and `step` change together, and only when a step is whole; between two steps, and whenever
+    `whole` says so, a checkpoint can be written.
+    """
+
+    def __init__(self, config: TrainConfig, run: RunFolder, rows: Rows) -> None:
+        self.config, self.run, self.rows = config, run, rows
+        # one for all sites: they share its buffers
+        self.kernel = make_kernel(choose_kernel(rows.device, config.kernel))
+        self.trainers: dict[str, SiteTrainer] = {}
+        self.position: RingPosition | None = None
+        self.step = self.logged = 0
+        """Steps made, and the one that was logged last."""
+        self.whole = True
+        self.latest: dict[str, dict[str, float]] = {}
+        self._started, self._seconds = time.monotonic(), 0.0
+        self._checkpoint_due = self._started + 60 * config.checkpoint_minutes
+
+    def begin(self) -> None:
+        """Makes the trainers, unless they came from a checkpoint; harvests the first rows for it."""
+        if self.trainers:
+            return
+        made = {}
+        ring = self.rows.ring
+        for site, moments in ring.statistics.items():
+            first = ring.first_rows(site, _FIRST_ROWS)
+            made[site] = SiteTrainer.begin(self.config, site, moments, first, self.kernel)
+        self.trainers = made
+
+    def make_step(self, batch: RingBatch) -> None:
+        """One step of every site."""
+        self.whole = False
+        share = min(1.0, self.step * self.config.batch / self.rows.total)
+        jobs = [trainer.job(batch[site], share) for site, trainer in self.trainers.items()]
+        for trainer, figures in zip(self.trainers.values(), self.kernel.steps(jobs), strict=True):
+            trainer.take(figures)
+        self.step += 1
+        self.position = self.rows.ring.position()
+        self.whole = True
+
+    def log_if_due(self, mirror: Mirror) -> None:
+        """Writes the figures since the last time; counts from here only once they are written."""
+        if self.step % self.config.log_every or self.step == self.logged:
+            return
+        self.latest = {site: trainer.metrics() for site, trainer in self.trainers.items()}
+        served = self.step * self.config.batch
+        self.run.log(
+            [{"step": self.step, "rows": served, "site": site, **row} for site, row in self.latest.items()]
+        )
+        self.logged = self.step
+        for trainer in self.trainers.values():
+            trainer.forget()
+        mirror.log(self.step, self.latest)
+
+    def keep_if_due(self) -> None:
+        """Writes a checkpoint when the last one is old enough."""
+        if time.monotonic() >= self._checkpoint_due:
+            self.keep()
+            self._checkpoint_due = time.monotonic() + 60 * self.config.checkpoint_minutes
+
+    def keep(self) -> None:
+        """Writes a checkpoint, where there was a step; a disk that refuses is a warning."""
+        if self.position is None or not self.whole:
+            return
+        try:
+            tensors = ((site, trainer.tensors()) for site, trainer in self.trainers.items())
+            write_checkpoint(self.run.path, self.step, tensors, self._state(self.position))
+        except (UserError, OSError) as error:
+            _log.warning("no checkpoint of step %d could be written, older ones stay: %s", self.step, error)
+
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Takes up a checkpoint. Raises UserError when what it rests on has changed."""
+        state = checkpoint.state
+        refuse_other_circumstances(state, self._circumstances())
+        for site in self.rows.ring.widths:
+            tensors, numbers = checkpoint.tensors(site), state["sites"][site]
+            self.trainers[site] = SiteTrainer.resume(
+                self.config, site, tensors, numbers, self.kernel, self.rows.device
+            )
+        self.step, self.logged, self._seconds = state["step"], state["logged"], state["seconds"]
+        self.position = RingPosition.from_dict(state["position"])
+
+    def save(self) -> None:
+        """Writes the dictionaries as they stand."""
+        for site, trainer in self.trainers.items():
+            cfg = DictionaryConfig(
+                d_in=self.rows.ring.widths[site],
+                d_sae=self.config.width,
+                site_in=site,
+                model=self.rows.model,
+                corpus=self.config.corpus,
+                context=self.config.context,
+                l0_target=self.config.l0,
+            )
+            sae.save(trainer.dictionary(cfg), make_folder(self.run.site_dir(site)))
+
+    def record(self, state: str) -> None:
+        """Writes the run's state and totals into its run.json."""
+        ring = self.rows.ring
+        self.run.set_state(
+            state,
+            rows_harvested=ring.rows_harvested,
+            rows_served=self.step * self.config.batch,
+            ring_rows=ring.rows,
+            seconds=round(self._elapsed(), 1),
+        )
+
+    def summary(self) -> str:
+        """The figures at a glance: the median site, since 18 do not fit on a line."""
+        if not self.latest:
+            return ""
+        l0, fvu = (statistics.median(row[name] for row in self.latest.values()) for name in ("l0", "fvu"))
+        return f"L0 {l0:.0f} (target {self.config.l0:g}), FVU {fvu:.3f}"
+
+    def _elapsed(self) -> float:
+        return self._seconds + time.monotonic() - self._started
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What decides the bits beside the config."""
+        rows = self.rows
+        made_by = {"device": rows.device.type, "kernel": self.kernel.name, "rows": str(rows.dtype)}
+        return {
+            "must_stay": {**made_by, "product": str(product_dtype(rows.device)), **rows.identity},
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+        }
+
+    def _state(self, position: RingPosition) -> dict[str, Any]:
+        return {
+            "logged": self.logged,
+            "seconds": self._elapsed(),
+            "position": position.to_dict(),
+            "sites": {site: trainer.numbers() for site, trainer in self.trainers.items()},
+            "metrics_bytes": self.run.sync_metrics(),
+            "wandb_id": self.run.record().get("wandb_id"),
+            "config": self.config.to_dict(),
+            **self._circumstances(),
+            "generators": "none is used after the start: orders are hashes of (seed, position)",
+        }
+
+
+def _run(training: _Training, report: Report) -> RunFolder:
+    """Trains to the end, and leaves what is there when that is not reached."""
+    run = training.run
     try:
-        with Mirror(config, run) as mirror, _Stop() as stop:
-            _train(config, rows, run, trainers, mirror, stop, on_progress)
+        with Mirror(training.config, run) as mirror, _Stop() as stop:
+            _loop(training, mirror, stop, report)
     except KeyboardInterrupt as interrupt:
-        if trainers:
-            _save(config, run, trainers, rows)
-        run.set_state(f"stopped: {interrupt}", **_totals(rows, started))
+        training.keep()
+        with _warned("dictionaries"):
+            training.save()
+        with _warned("state"):
+            training.record(f"stopped: {interrupt}")
         raise
     except Exception as error:
-        run.set_state(f"failed: {error}", **_totals(rows, started))
+        # one with figures that are not finite would only fail again
+        if not isinstance(error, NonFiniteError):
+            training.keep()
+        with _warned("state"):
+            training.record(f"failed: {error}")
+        if isinstance(error, UserError) and training.step:
+            go_on = f"`jumpscope train --resume {run.path}` goes on from step {newest_step(run.path) or 0}"
+            raise UserError(error.must, error.found, f"{error.do}; then {go_on}") from error
         raise
-    run.set_state("done", **_totals(rows, started))
+    training.record("done")
+    remove_checkpoints(run.path)
     return run
 
 
-def _train(
-    config: TrainConfig,
-    rows: "_Rows",
-    run: RunFolder,
-    trainers: dict[str, SiteTrainer],
-    mirror: Mirror,
-    stop: "_Stop",
-    on_progress: Report,
-) -> None:
-    """The loop. `trainers` is the caller's, who saves what is in it if this is interrupted."""
-    ring, total, latest = rows.ring, rows.total, {}
-    # one for all sites: they share its buffers
-    kernel = make_kernel(choose_kernel(rows.device, config.kernel))
-    for site, moments in ring.statistics.items():
-        trainers[site] = SiteTrainer(config, site, moments, ring.first_rows(site, _FIRST_ROWS), kernel)
-    step = 0
-    for batch in ring:
+def _loop(training: _Training, mirror: Mirror, stop: "_Stop", report: Report) -> None:
+    training.begin()
+    # what a checkpoint found written before its log was
+    training.log_if_due(mirror)
+    for batch in training.rows.ring:
         with stop.at_step_boundary():
-            share = min(1.0, step * config.batch / total)
-            jobs = [trainer.job(batch[site], share) for site, trainer in trainers.items()]
-            for trainer, figures in zip(trainers.values(), kernel.steps(jobs), strict=True):
-                trainer.take(figures)
-            step += 1
-        if step % config.log_every == 0:
-            latest = {site: trainer.metrics() for site, trainer in trainers.items()}
-            lines = [
-                {"step": step, "rows": ring.rows_served, "site": site, **latest[site]} for site in latest
-            ]
-            run.log(lines)
-            mirror.log(step, latest)
-        on_progress("train", ring.rows_served, total, _summary(config, latest))
-    _save(config, run, trainers, rows)
+            training.make_step(batch)
+            training.log_if_due(mirror)
+            training.keep_if_due()
+        report("train", training.step * training.config.batch, training.rows.total, training.summary())
+    training.save()
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Rows:
-    """Where a run's rows come from: a live model or a store, behind one ring."""
-
-    ring: ShuffleRing
-    total: int
-    """Rows to be served, repeats included."""
-    model: str
-    device: torch.device
-
-
-def _open_rows(config: TrainConfig, model: LanguageModel | None, on_progress: Report) -> _Rows:
-    return _stored_rows(config) if config.store else _live_rows(config, model, on_progress)
-
-
-def _live_rows(config: TrainConfig, model: LanguageModel | None, on_progress: Report) -> _Rows:
-    corpus = load_corpus(config.corpus)
-    shape = model_shape(config.model)
-    sites = expand_sites(config.sites, config.layers, shape.n_layers)
-    model = model or load_model(config.model, dtype=config.dtype, device=config.device)
-    model.check_sites(sites)
-    widths = {site: model.site_width(site) for site in sites}
-    fixed = sum(fixed_costs(config, shape, widths, model.dtype, on_gpu=model.device.type != "cpu").values())
-    blocks = _training_blocks(config, model, corpus)
-    ring = ShuffleRing(
-        _watched(harvest_rows(model, blocks, sites), config.tokens, on_progress),
-        widths,
-        dtype=model.dtype,
-        rows=plan_ring_rows(config, widths, model.dtype, fixed),
-        batch=config.batch,
-        passes=config.passes,
-        seed=config.seed,
-        device=model.device,
-    )
-    return _Rows(ring=ring, total=config.tokens * config.passes, model=model.name, device=model.device)
-
-
-def _training_blocks(config: TrainConfig, model: LanguageModel, corpus: Corpus) -> Iterator[TokenBlocks]:
-    """Blocks with `config.tokens` tokens in all; a shorter corpus is read again, in another order."""
-
-    def blocks(tokens: int, seed: int, epochs: int | None) -> Iterator[TokenBlocks]:
-        return iter_blocks(
-            model,
-            corpus,
-            split="train",
-            context=config.context,
-            blocks_per_batch=config.model_batch,
-            seed=seed,
-            max_tokens=tokens,
-            epochs=epochs,
-        )
-
-    found = 0
-    for block in blocks(config.tokens, config.seed, 1):
-        found += int(block.keep.sum())
-        yield block
-    # less than a batch is the ring's to refuse: going round would only hide it
-    if config.batch <= found < config.tokens:
-        _log.warning(
-            "%s has %s training tokens, fewer than the %s asked for: it is read again",
-            corpus.name,
-            format_count(found),
-            format_count(config.tokens),
-        )
-        yield from blocks(config.tokens - found, config.seed + 1, None)
-
-
-def _watched(source: Iterator[RowBatch], total: int, on_progress: Report) -> Iterator[RowBatch]:
-    done = 0
-    for rows in source:
-        yield rows
-        done += len(rows)
-        on_progress("harvest", done, total, "")
-
-
-def _stored_rows(config: TrainConfig) -> _Rows:
-    store = open_store(config.store)
-    device = pick_device(config.device)
-    layers = 1 + max(map(layer_of, store.sites))
-    wanted = set(expand_sites(config.sites, config.layers, layers))
-    sites = [site for site in store.sites if site in wanted]
-    if not sites:
-        raise UserError(
-            "the store must hold a site that --sites and --layers name",
-            f"it holds {', '.join(store.sites)}",
-            "choose from these",
-        )
-    tokens = min(store.rows, config.tokens)
-    widths = {site: store.widths[site] for site in sites}
-    fixed = 12 * sum(2 * width * config.width for width in widths.values())
-    ring = ShuffleRing(
-        store.iter_rows(sites),
-        widths,
-        dtype=store.dtype,
-        rows=plan_ring_rows(config, widths, store.dtype, fixed),
-        batch=config.batch,
-        passes=config.passes,
-        seed=config.seed,
-        device=device,
-    )
-    return _Rows(ring=ring, total=tokens * config.passes, model=store.manifest["model"], device=device)
-
-
-def _save(config: TrainConfig, run: RunFolder, trainers: dict[str, SiteTrainer], rows: _Rows) -> None:
-    for site, trainer in trainers.items():
-        cfg = DictionaryConfig(
-            d_in=rows.ring.widths[site],
-            d_sae=config.width,
-            site_in=site,
-            model=rows.model,
-            corpus=config.corpus,
-            context=config.context,
-            l0_target=config.l0,
-        )
-        sae.save(trainer.dictionary(cfg), make_folder(run.site_dir(site)))
-
-
-def _summary(config: TrainConfig, metrics: dict[str, dict[str, float]]) -> str:
-    """The figures of the run at a glance: the median site, since 18 do not fit on a line."""
-    if not metrics:
-        return ""
-    l0, fvu = (statistics.median(row[name] for row in metrics.values()) for name in ("l0", "fvu"))
-    return f"L0 {l0:.0f} (target {config.l0:g}), FVU {fvu:.3f}"
-
-
-def _totals(rows: _Rows, started: float) -> dict[str, float | int]:
-    return {
-        "rows_harvested": rows.ring.rows_harvested,
-        "rows_served": rows.ring.rows_served,
-        "ring_rows": rows.ring.rows,
-        "seconds": round(time.time() - started, 1),
-    }
+@contextlib.contextmanager
+def _warned(what: str) -> Iterator[None]:
+    """Makes a warning of a disk that refuses, where another error is on its way to the user."""
+    try:
+        yield
+    except (UserError, OSError) as error:
+        _log.warning("the %s could not be written: %s", what, error)
 
 
 class _Stop:

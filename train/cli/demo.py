@@ -76,5 +76,5 @@ def _default_out() -> Path:
         finished = (path / RUN).is_file() and RunFolder.open(path).state() == "done"
         if finished or not path.exists() or not any(path.iterdir()):
             return path
-        note(f"{path} holds a run that was not finished; it is left alone")
+        note(f"{path} holds a run that was not finished: `jumpscope train --resume {path}` goes on with it")
         number += 1

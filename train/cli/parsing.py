@@ -23,19 +23,23 @@ def parse(
     verb: str,
     examples: list[str],
     from_dict: Callable[[Mapping[str, Any]], T] | None = None,
+    also: str = "",
 ) -> T:
     """Reads a verb's words into its dataclass, or exits with code 2 (0 after --help).
 
     With `from_dict` the verb also takes `--config FILE`, a run's run.json or a JSON object of the same
-    keys: its values take the place of the defaults. Raises UserError for values that the dataclass refuses.
+    keys: its values take the place of the defaults. `also` is said in the help. Raises UserError for values
+    that the dataclass refuses.
     """
     default: Any = None
     if from_dict is not None:
-        argv, path = _take_config(argv)
+        argv, path = take_path(argv, "--config", "a run's run.json")
         default = None if path is None else _load_config(path, from_dict)
     about = inspect.cleandoc(kind.__doc__ or "")
     if from_dict is not None:
         about += "\n\n--config FILE takes the values of a run's run.json in place of the defaults below."
+    if also:
+        about += f"\n\n{also}"
     lines = "\n".join(f"  jumpscope {example}" for example in examples)
     errors = io.StringIO()
     try:
@@ -55,17 +59,18 @@ def parse(
         raise
 
 
-def _take_config(argv: list[str]) -> tuple[list[str], Path | None]:
+def take_path(argv: list[str], flag: str, what: str) -> tuple[list[str], Path | None]:
+    """Takes `flag PATH` or `flag=PATH` out of a command line. Raises UserError when nothing follows it."""
     rest, path = [], None
     words = iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
-        if name != "--config":
+        if name != flag:
             rest.append(word)
             continue
         value = value if equals else next(words, "")
         if not value:
-            raise UserError("--config must name a file", "nothing after it", "give a run's run.json")
+            raise UserError(f"{flag} must be followed by a path", "nothing after it", f"give {what}")
         path = Path(value)
     return rest, path
 

@@ -129,15 +129,16 @@ def harvest(options: HarvestOptions) -> Store:
         )
 
 
-def train(config: TrainConfig) -> RunFolder:
-    """Trains a run, with progress on the console. When it is stopped, says what is left of it."""
+def train(config: TrainConfig, *, resume: bool = False) -> RunFolder:
+    """Trains a run, or goes on with it, with progress on the console. When stopped, says how to go on."""
     note(f"reading {config.store}" if config.store else f"loading {config.model}")
     try:
         with progress() as report:
-            return train_run(config, on_progress=report)
+            return train_run(config, on_progress=report, resume=resume)
     except KeyboardInterrupt:
         if (Path(config.out) / RUN).is_file():
             note(f"what was trained so far is in {config.out}")
+            note(f"to go on: jumpscope train --resume {config.out}")
         raise
 
 
