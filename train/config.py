@@ -59,6 +59,8 @@ class TrainConfig(Config):
     """Tokens in a block, BOS included."""
     model_batch: Count = 8
     """Blocks in a forward pass."""
+    buffer: Count = 65_536
+    """Rows of the shuffle buffer: batches are drawn from so many rows at once."""
     lr: float = 2e-3
     """Adam's learning rate for weights and biases, at its height."""
     threshold_lr: float = 1e-3
@@ -89,8 +91,8 @@ class TrainConfig(Config):
     """Training tokens of silence after which a latent counts as dead."""
     pull_after: Count = 50_000
     """Training tokens of silence after which a latent is drawn towards firing, a little with every step."""
-    memory: Size = 4 * 2**30
-    """Memory that the run may take, the model included. The rest after fixed costs is the shuffle ring."""
+    memory: Size = 8 * 2**30
+    """Memory that the run may take, the model included. A run that needs more is refused."""
     seed: int = 0
     """Decides the documents' order, the batches and the first weights."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -140,6 +142,12 @@ class TrainConfig(Config):
                 "--tokens must fill at least one batch",
                 f"--tokens {self.tokens} with --batch {self.batch}",
                 "raise --tokens or lower --batch",
+            )
+        if self.buffer < self.passes * self.batch:
+            raise UserError(
+                "--buffer must hold a batch for each pass",
+                f"--buffer {self.buffer} with --passes {self.passes} and --batch {self.batch}",
+                f"give --buffer {self.passes * self.batch} or more, a smaller --batch or fewer --passes",
             )
         if self.context < 2:
             raise UserError(

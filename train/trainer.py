@@ -203,7 +203,7 @@ def _stored_rows(config: TrainConfig) -> _Rows:
         )
     tokens = min(store.rows, config.tokens)
     widths = {site: store.widths[site] for site in sites}
-    fixed = 12 * sum(2 * width * config.width for width in widths.values())
+    fixed = sum(fixed_costs(config, None, widths, store.dtype, on_gpu=device.type != "cpu").values())
     ring = ShuffleRing(
         store.iter_rows(sites),
         widths,

@@ -35,15 +35,15 @@ def run(argv: list[str]) -> None:
 
 def _make(options: DemoOptions, out: Path) -> None:
     config = options.train_config(str(out))
-    plan.show(
+    plan.check(config)
+    from train.cli import work  # late: mistakes above should not wait for transformers
+
+    work.train(
         config,
         eval_tokens=options.eval_tokens,
         loss_tokens=options.loss_tokens,
         index_tokens=options.index_tokens,
     )
-    from train.cli import work  # late: mistakes above should not wait for transformers
-
-    work.train(config)
 
 
 def _finish(options: DemoOptions, folder: RunFolder) -> None:

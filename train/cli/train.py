@@ -17,7 +17,7 @@ def run(argv: list[str]) -> None:
     ]
     config = parse(TrainConfig, argv, verb="train", examples=examples, from_dict=TrainConfig.from_dict)
     refuse_occupied(config.out)
-    plan.show(config)
+    plan.check(config)
     from train.cli import work  # late: a mistake above should not wait for transformers
 
     folder = work.train(config)

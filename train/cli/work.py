@@ -11,17 +11,21 @@ from typing import Any
 
 import sae
 from activations.blocks import TokenBlocks, iter_blocks
-from activations.corpora import load_corpus
-from activations.harvest import harvest_rows
+from activations.corpora import Corpus, load_corpus
+from activations.harvest import RowBatch, harvest_rows
 from activations.models import LanguageModel, load_model
+from activations.shapes import model_shape
 from activations.sites import expand_sites, layer_of, parse_layers, site_label
 from activations.store import Store, StoreFacts, write_store
 from sae import JumpReLU, UserError
+from train.cli import plan
 from train.cli.console import note
 from train.cli.options import EvalOptions, HarvestOptions, IndexOptions
 from train.cli.progress import progress
 from train.config import TrainConfig
 from train.evals import evaluate
+from train.measure import measure_harvest
+from train.plan import missing_memory, plan_harvest
 from train.run_folder import RUN, RunFolder
 from train.trainer import train_run
 from viewer.index import build_index
@@ -92,15 +96,7 @@ def harvest(options: HarvestOptions) -> Store:
     model = load_model(options.model, dtype=options.dtype, device=options.device)
     sites = expand_sites(options.sites, options.layers, model.n_layers)
     model.check_sites(sites)
-    blocks = iter_blocks(
-        model,
-        corpus,
-        split=options.split,
-        context=options.context,
-        blocks_per_batch=options.model_batch,
-        seed=options.seed,
-        max_tokens=options.tokens,
-    )
+    _plan_harvest(options, model, corpus, sites)
     facts = StoreFacts(
         model=model.name,
         tokenizer_hash=model.tokenizer_hash,
@@ -110,16 +106,69 @@ def harvest(options: HarvestOptions) -> Store:
         seed=options.seed,
     )
     with progress() as report:
-        rows = harvest_rows(model, blocks, sites)
+        rows = _harvest(options, model, corpus, sites)
         return write_store(options.out, rows, facts, on_rows=lambda n: report("harvest", n, options.tokens))
 
 
-def train(config: TrainConfig) -> RunFolder:
-    """Trains a run, with progress on the console. When it is stopped, says what is left of it."""
-    note(f"reading {config.store}" if config.store else f"loading {config.model}")
+def _harvest(
+    options: HarvestOptions, model: LanguageModel, corpus: Corpus, sites: tuple[str, ...]
+) -> Iterator[RowBatch]:
+    blocks = iter_blocks(
+        model,
+        corpus,
+        split=options.split,
+        context=options.context,
+        blocks_per_batch=options.model_batch,
+        seed=options.seed,
+        max_tokens=options.tokens,
+    )
+    return harvest_rows(model, blocks, sites)
+
+
+def _plan_harvest(
+    options: HarvestOptions, model: LanguageModel, corpus: Corpus, sites: tuple[str, ...]
+) -> None:
+    """Prints what the harvest takes. Raises UserError when that is not free."""
+    planned = plan_harvest(
+        model_shape(options.model),
+        {site: model.site_width(site) for site in sites},
+        model.dtype,
+        measure_harvest(model, _harvest(options, model, corpus, sites)),
+        device=model.device,
+        tokens=options.tokens,
+        context=options.context,
+        model_batch=options.model_batch,
+        out=options.out,
+    )
+    plan.print_plan(planned)
+    if error := missing_memory(planned):
+        raise error
+
+
+def load(config: TrainConfig) -> LanguageModel:
+    """The model of a training run."""
+    note(f"loading {config.model}")
+    return load_model(config.model, dtype=config.dtype, device=config.device)
+
+
+def train(
+    config: TrainConfig, *, eval_tokens: int = 0, loss_tokens: int = 0, index_tokens: int = 0
+) -> RunFolder:
+    """Prints the plan and trains a run, with progress on the console.
+
+    The tokens given are those of what follows the training. Raises UserError when the memory planned is not
+    free. When the run is stopped, says what is left of it.
+    """
+    model = None if config.store else load(config)
+    later = {"eval_tokens": eval_tokens, "loss_tokens": loss_tokens, "index_tokens": index_tokens}
+    planned = plan.show(config, model, **later)
+    if error := missing_memory(planned, config):
+        raise error
+    if config.store:
+        note(f"reading {config.store}")
     try:
         with progress() as report:
-            return train_run(config, on_progress=report)
+            return train_run(config, model=model, on_progress=report)
     except KeyboardInterrupt:
         if (Path(config.out) / RUN).is_file():
             note(f"what was trained so far is in {config.out}")
