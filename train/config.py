@@ -131,6 +131,29 @@ class TrainConfig(Config):
                 raise UserError(
                     f"--{_flag(name)} must be above zero", f"{getattr(self, name)}", "give a positive number"
                 )
+        self._check_sizes()
+        for name in ("warmup", "decay", "l0_anneal"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(
+                    f"--{_flag(name)} is a share of the steps, from 0 to 1",
+                    f"{getattr(self, name)}",
+                    "give a number from 0 to 1",
+                )
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"--{_flag(name)} must be from 0 to below 1",
+                    f"{getattr(self, name)}",
+                    "the defaults 0.9 and 0.999 suit most runs",
+                )
+        if self.sparsity_coefficient < 0:
+            raise UserError(
+                "--sparsity-coefficient must not be negative",
+                f"{self.sparsity_coefficient}",
+                "the default 0.1 suits most runs",
+            )
+
+    def _check_sizes(self) -> None:
         if self.l0 > self.width:
             raise UserError(
                 "--l0 must not exceed --width: no more latents can fire than there are",
@@ -154,26 +177,6 @@ class TrainConfig(Config):
                 "--context must be at least 2: BOS and a token",
                 f"{self.context}",
                 "the default 256 suits most corpora",
-            )
-        for name in ("warmup", "decay", "l0_anneal"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(
-                    f"--{_flag(name)} is a share of the steps, from 0 to 1",
-                    f"{getattr(self, name)}",
-                    "give a number from 0 to 1",
-                )
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(
-                    f"--{_flag(name)} must be from 0 to below 1",
-                    f"{getattr(self, name)}",
-                    "the defaults 0.9 and 0.999 suit most runs",
-                )
-        if self.sparsity_coefficient < 0:
-            raise UserError(
-                "--sparsity-coefficient must not be negative",
-                f"{self.sparsity_coefficient}",
-                "the default 0.1 suits most runs",
             )
 
     @property

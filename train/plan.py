@@ -16,7 +16,7 @@ from sae.errors import UserError
 from sae.numbers import format_size
 from train.config import TrainConfig
 from train.machine import free_gpu_memory, free_memory, own_private_memory
-from train.times import Measured, Speeds, evaluation_seconds, index_seconds, pass_flops, training_rates
+from train.times import Measured, Speeds, basis, evaluation_seconds, index_seconds, pass_flops, training_rates
 
 # resident size of the process with torch, transformers and the CPU kernel's compiler; with a model, its
 # tokenizer by the size of the vocabulary, and a packaged text
@@ -123,7 +123,7 @@ def make_plan(
         disk=_disk(config, sites, index=index_tokens > 0),
         seconds=seconds,
         rates=rates,
-        basis=_basis(speeds, measured),
+        basis=basis(speeds, measured),
     )
     refuse_full_disk(plan, Path(config.out))
     return plan
@@ -209,7 +209,7 @@ def fixed_costs(
     phase = max(phases, key=lambda name: phases[name])
     costs = {
         f"{len(sites)} dictionaries, Adam": dictionaries,
-        f"working memory: {phase}": phases[phase],
+        f"at work: {phase}": phases[phase],
     }
     if shape is not None:
         costs = {"language model": _weights(shape, dtype, measured), **costs}
@@ -321,11 +321,11 @@ def _working_memory(
     step = config.batch * row + lists * (threads if together else 1) + blocks
     if shape is None:
         # a row batch and its copy, and the file that it is mapped from
-        made, name = _STORE_ROWS * row, "reading and step"
+        made, name = _STORE_ROWS * row, "store and step"
         harvest = 2 * made + min(SHARD_BYTES, config.tokens * row)
     else:
         harvest = _forward(shape, sites, dtype, config.context, config.model_batch)
-        made, name = config.model_batch * config.context * row, "forward pass and step"
+        made, name = config.model_batch * config.context * row, "model and step"
     # weights and screens of the last site come after its thresholds
     rest = (4 * _FP32 + 2) * config.width * widest
     looked_at = min(_FIRST_ROWS, max(64, _FIRST_PRE // config.width)) * config.width
@@ -334,7 +334,7 @@ def _working_memory(
         name: harvest + step,
         "first thresholds": made + first_rows + looked_at * _FIRST_PRE_BYTES - rest,
         # a file is made in memory: weights and both moments
-        "saving a site": made + step + 3 * _FP32 * dictionary_parameters(config.width, widest),
+        "saving": made + step + 3 * _FP32 * dictionary_parameters(config.width, widest),
     }
 
 
@@ -355,12 +355,6 @@ def _disk(config: TrainConfig, sites: Mapping[str, int], *, index: bool) -> dict
     if index:
         items["feature index"] = _INDEX_PER_LATENT * config.width * len(sites)
     return items
-
-
-def _basis(speeds: Speeds, measured: Measured | None) -> str:
-    if measured is not None:
-        return "measured just now with the model and its steps"
-    return f"estimated from a matrix product at {speeds.product / 1e9:.0f} GFLOP/s"
 
 
 def _gigabytes(n_bytes: int) -> str:

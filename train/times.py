@@ -105,6 +105,13 @@ def index_seconds(
     return tokens * (body + 2 * encode) + len(sites) * width * unembed
 
 
+def basis(speeds: Speeds, measured: Measured | None = None) -> str:
+    """What times rest on, in words."""
+    if measured is not None:
+        return "measured just now with the model and its steps"
+    return f"estimated from a matrix product at {speeds.product / 1e9:.0f} GFLOP/s"
+
+
 def _parts(
     shape: ModelShape, sites: Mapping[str, int], width: int, speeds: Speeds
 ) -> tuple[float, float, float]:

@@ -1,13 +1,16 @@
 """`jumpscope plan`, and the plans that the other verbs print before they begin."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from activations.shapes import model_shape
 from activations.sources import ready_folder
 from sae.numbers import format_count, format_size, format_time
 from train.cli.console import note, say, stdout, table
 from train.cli.parsing import parse
 from train.config import TrainConfig
 from train.plan import Plan, make_plan, missing_memory, rows_to_train
+from train.times import Speeds, basis, evaluation_seconds, index_seconds
 
 if TYPE_CHECKING:
     from activations.models import LanguageModel
@@ -66,12 +69,31 @@ def show(
     return plan
 
 
+def tell_time(
+    config: TrainConfig,
+    sites: Mapping[str, int],
+    model: "LanguageModel",
+    *,
+    eval_tokens: int = 0,
+    loss_tokens: int = 0,
+    index_tokens: int = 0,
+) -> None:
+    """Says how long an evaluation or an index of a run's sites will take, from a matrix product."""
+    shape, speeds = model_shape(config.model), Speeds.of(model.device, model.dtype)
+    seconds = 0.0
+    if eval_tokens + loss_tokens:
+        seconds += evaluation_seconds(shape, sites, config.width, speeds, eval_tokens, loss_tokens)
+    if index_tokens:
+        seconds += index_seconds(shape, sites, config.width, speeds, index_tokens)
+    note(f"{_many(len(sites), 'site', 'sites')}, about {format_time(seconds)}: {basis(speeds)}")
+
+
 def _print_training(config: TrainConfig, plan: Plan) -> None:
     text = f"rows of {config.store}" if config.store else f"tokens of {config.corpus}"
+    many = _many(len(plan.sites), "dictionary", "dictionaries")
     say(
-        f"{config.model}: {len(plan.sites)} dictionaries of {config.width:,} latents, L0 {config.l0:g}, "
-        f"{format_count(config.tokens)} {text}, "
-        f"{config.steps:,} steps on {plan.device} in {plan.dtype}"
+        f"{config.model}: {many} of {config.width:,} latents, L0 {config.l0:g}, "
+        f"{format_count(config.tokens)} {text}, {config.steps:,} steps on {plan.device} in {plan.dtype}"
     )
     print_plan(plan)
     note(f"memory is limited by --memory {format_size(config.memory)}")
@@ -92,11 +114,15 @@ def print_plan(plan: Plan) -> None:
     rows.add_row(*(cell for total in totals for cell in ("total", total)), style="bold")
     stdout.print(rows)
     rates = ", ".join(f"{phase} {format_count(rate)} tokens/s" for phase, rate in plan.rates.items())
-    say(f"{rates} ({len(plan.sites)} sites), {plan.basis}")
+    say(f"{rates} ({_many(len(plan.sites), 'site', 'sites')}), {plan.basis}")
     if plan.host_memory:
         say(f"beside the GPU's memory: {format_size(plan.host_memory)} of the machine's")
     if plan.loading > plan.memory_total:
         note(f"loading the model took {format_size(plan.loading)} at its peak, more than what is to come")
+
+
+def _many(count: int, one: str, more: str) -> str:
+    return f"{count} {one if count == 1 else more}"
 
 
 def _at_hand(model: str) -> bool:

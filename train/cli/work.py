@@ -40,6 +40,11 @@ class LoadedRun:
     model: LanguageModel
     dictionaries: dict[str, JumpReLU]
 
+    @property
+    def widths(self) -> dict[str, int]:
+        """Sites and their d_in."""
+        return {site: dictionary.cfg.d_in for site, dictionary in self.dictionaries.items()}
+
     def held_out(self, tokens: int, corpus: str = "") -> Iterator[TokenBlocks]:
         """Blocks of documents that training never saw, in the run's own context, up to `tokens` kept
         tokens.
@@ -178,6 +183,13 @@ def train(
 def measure(loaded: LoadedRun, options: EvalOptions) -> dict[str, dict[str, Any]]:
     """Evaluates the loaded dictionaries and merges what is found into the run's eval.json."""
     wanted = max(options.tokens, options.loss_tokens, options.baseline_tokens)
+    plan.tell_time(
+        loaded.config,
+        loaded.widths,
+        loaded.model,
+        eval_tokens=options.tokens,
+        loss_tokens=options.loss_tokens,
+    )
     with progress() as report:
         metrics = evaluate(
             loaded.model,
@@ -201,6 +213,7 @@ def measure(loaded: LoadedRun, options: EvalOptions) -> dict[str, dict[str, Any]
 
 def build(loaded: LoadedRun, options: IndexOptions) -> None:
     """Indexes the loaded dictionaries into the run folder."""
+    plan.tell_time(loaded.config, loaded.widths, loaded.model, index_tokens=options.tokens)
     with progress(unit="steps") as report:
         build_index(
             loaded.model,
