@@ -224,7 +224,7 @@ def plan_ring_rows(config: TrainConfig, sites: Mapping[str, int], dtype: torch.d
     """
     shares = {"batch": config.batch, "passes": config.passes}
     smallest = config.passes * config.batch
-    rows = ring_rows(min(config.buffer, config.tokens + smallest - 1), **shares)
+    rows = _ring_rows(config)
     ring = ring_bytes(sites, dtype=dtype, rows=rows, **shares)
     if fixed + ring <= config.memory:
         return rows
@@ -291,6 +291,12 @@ def refuse_full_disk(plan: Plan, out: Path) -> None:
         )
 
 
+def _ring_rows(config: TrainConfig) -> int:
+    smallest = config.passes * config.batch
+    enough = min(config.buffer, config.tokens + smallest - 1)
+    return ring_rows(enough, batch=config.batch, passes=config.passes)
+
+
 def _process(shape: ModelShape | None, measured: Measured | None) -> int:
     if measured is not None:
         return measured.process
@@ -328,8 +334,9 @@ def _working_memory(
         made, name = config.model_batch * config.context * row, "model and step"
     # weights and screens of the last site come after its thresholds
     rest = (4 * _FP32 + 2) * config.width * widest
-    looked_at = min(_FIRST_ROWS, max(64, _FIRST_PRE // config.width)) * config.width
-    first_rows = _FIRST_ROWS * widest * (dtype.itemsize + 2 * _FP32)
+    first = min(_FIRST_ROWS, _ring_rows(config) // config.passes)
+    looked_at = min(first, max(64, _FIRST_PRE // config.width)) * config.width
+    first_rows = first * widest * (dtype.itemsize + 2 * _FP32)
     return {
         name: harvest + step,
         "first thresholds": made + first_rows + looked_at * _FIRST_PRE_BYTES - rest,
