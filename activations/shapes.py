@@ -16,6 +16,7 @@ class ModelShape:
 
     n_layers: int
     d_model: int
+    n_heads: int
     d_vocab: int
     max_context: int
     """Tokens that the model reads at once."""
@@ -23,6 +24,8 @@ class ModelShape:
     """The width of an activation, by kind of site."""
     body_params: int
     """Parameters outside embedding and unembedding: what a pass without logits computes with."""
+    vocab_params: int
+    """Parameters of embedding and unembedding, once where both are the same."""
 
 
 def model_shape(name: str) -> ModelShape:
@@ -47,15 +50,18 @@ def _shape(
     d_vocab: int,
     max_context: int,
     body_params: int,
+    vocab_params: int,
 ) -> ModelShape:
     widths = {kind: n_heads * d_head if kind == "attn_z" else d_model for kind in KINDS}
     return ModelShape(
         n_layers=n_layers,
         d_model=d_model,
+        n_heads=n_heads,
         d_vocab=d_vocab,
         max_context=max_context,
         widths=widths,
         body_params=body_params,
+        vocab_params=vocab_params,
     )
 
 
@@ -78,6 +84,7 @@ def _from_head(head: GgufHead, path: Path) -> ModelShape:
         d_vocab=tensors["token_embd.weight"].shape[1],
         max_context=head.dimension("context_length") or 0,
         body_params=sum(tensor.n_values for tensor in head.tensors if tensor.name not in outside),
+        vocab_params=sum(tensors[name].n_values for name in outside[:2] if name in tensors),
     )
 
 
@@ -106,4 +113,5 @@ def _from_config(folder: Path) -> ModelShape:
         d_vocab=config.vocab_size,
         max_context=getattr(config, "max_position_embeddings", None) or 0,
         body_params=sum(parameter.numel() for parameter in body.parameters()) - embedding.numel(),
+        vocab_params=embedding.numel() * (1 if config.tie_word_embeddings else 2),
     )

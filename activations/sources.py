@@ -127,6 +127,25 @@ def fetch_folder(name: str, *, cache: Path | None = None, progress: bool = True)
     return Source(name=str(place), folder=_convert_file(place, place.stem, cache, progress))
 
 
+def ready_folder(name: str, *, cache: Path | None = None) -> Path | None:
+    """The folder that `fetch_folder` would give, when neither a download nor a conversion is needed for it.
+
+    A model of the hub is never taken for ready. Raises UserError as `fetch_folder` does for the name.
+    """
+    known = _BY_NAME.get(name.lower())
+    if known is not None and known.package is not None:
+        package = _require_package(known)
+        source = package / known.file if known.file else None
+        identity = _fingerprint(source) if source else _parts_module(known).EXPECTED_SHA256
+        folder = _place(known.name, identity, cache)
+    else:
+        place = resolve(name)
+        if isinstance(place, str) or not place.exists():
+            return None
+        folder = place if place.is_dir() else _place(place.stem, _fingerprint(place), cache)
+    return folder if folder.is_dir() else None
+
+
 def resolve(name: str) -> Path | str:
     """The folder or .gguf file that a name stands for, or else the hub id. Raises UserError for neither."""
     known = _BY_NAME.get(name.lower())
@@ -243,6 +262,10 @@ def _fingerprint(path: Path, samples: int = 64, sample_bytes: int = 1 << 16) -> 
 def _converted(
     name: str, identity: str, fetch: Callable[[Path], Path], cache: Path | None, progress: bool, note: str
 ) -> Path:
+    return converted_folder(_place(name, identity, cache), fetch, note=note, progress=progress)
+
+
+def _place(name: str, identity: str, cache: Path | None) -> Path:
+    """Where the converted copy of a model with that identity lies, or will."""
     key = hashlib.sha256(f"{CONVERTER_VERSION} {identity}".encode()).hexdigest()[:12]
-    folder = cache_folder(cache) / "models" / f"{name}-{key}"
-    return converted_folder(folder, fetch, note=note, progress=progress)
+    return cache_folder(cache) / "models" / f"{name}-{key}"

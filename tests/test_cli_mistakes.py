@@ -148,7 +148,7 @@ def test_no_permission_is_one_clear_line(inputs, tmp_path, capfd):
 )
 def test_a_disk_that_fills_during_a_save_is_one_clear_line(inputs, tmp_path, capfd, monkeypatch):
     # the plan would refuse at once; another program may take the space later
-    monkeypatch.setattr("train.plan._refuse_full_disk", lambda plan, out: None)
+    monkeypatch.setattr("train.plan.refuse_full_disk", lambda plan, out: None)
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]

@@ -60,6 +60,8 @@ class TrainConfig(Config):
     """Tokens in a block, BOS included."""
     model_batch: Count = 8
     """Blocks in a forward pass."""
+    buffer: Count = 65_536
+    """Rows of the shuffle buffer: batches are drawn from so many rows at once."""
     lr: float = 2e-3
     """Adam's learning rate for weights and biases, at its height."""
     threshold_lr: float = 1e-3
@@ -90,8 +92,8 @@ class TrainConfig(Config):
     """Training tokens of silence after which a latent counts as dead."""
     pull_after: Count = 50_000
     """Training tokens of silence after which a latent is drawn towards firing, a little with every step."""
-    memory: Size = 4 * 2**30
-    """Memory that the run may take, the model included. The rest after fixed costs is the shuffle ring."""
+    memory: Size = 8 * 2**30
+    """Memory that the run may take, the model included. A run that needs more is refused."""
     seed: int = 0
     """Decides the documents' order, the batches and the first weights."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
@@ -133,24 +135,7 @@ class TrainConfig(Config):
                 raise UserError(
                     f"--{_flag(name)} must be above zero", f"{getattr(self, name)}", "give a positive number"
                 )
-        if self.l0 > self.width:
-            raise UserError(
-                "--l0 must not exceed --width: no more latents can fire than there are",
-                f"--l0 {self.l0:g} with --width {self.width}",
-                "lower --l0 or raise --width",
-            )
-        if self.tokens < self.batch:
-            raise UserError(
-                "--tokens must fill at least one batch",
-                f"--tokens {self.tokens} with --batch {self.batch}",
-                "raise --tokens or lower --batch",
-            )
-        if self.context < 2:
-            raise UserError(
-                "--context must be at least 2: BOS and a token",
-                f"{self.context}",
-                "the default 256 suits most corpora",
-            )
+        self._check_sizes()
         for name in ("warmup", "decay", "l0_anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(
@@ -172,6 +157,32 @@ class TrainConfig(Config):
                 "--sparsity-coefficient must not be negative",
                 f"{self.sparsity_coefficient}",
                 "the default 0.1 suits most runs",
+            )
+
+    def _check_sizes(self) -> None:
+        if self.l0 > self.width:
+            raise UserError(
+                "--l0 must not exceed --width: no more latents can fire than there are",
+                f"--l0 {self.l0:g} with --width {self.width}",
+                "lower --l0 or raise --width",
+            )
+        if self.tokens < self.batch:
+            raise UserError(
+                "--tokens must fill at least one batch",
+                f"--tokens {self.tokens} with --batch {self.batch}",
+                "raise --tokens or lower --batch",
+            )
+        if self.buffer < self.passes * self.batch:
+            raise UserError(
+                "--buffer must hold a batch for each pass",
+                f"--buffer {self.buffer} with --passes {self.passes} and --batch {self.batch}",
+                f"give --buffer {self.passes * self.batch} or more, a smaller --batch or fewer --passes",
+            )
+        if self.context < 2:
+            raise UserError(
+                "--context must be at least 2: BOS and a token",
+                f"{self.context}",
+                "the default 256 suits most corpora",
             )
 
     @property

@@ -2,60 +2,70 @@
 
 import dataclasses
 import shutil
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import psutil
 import torch
 
 from activations.precision import pick_device, pick_dtype
 from activations.ring import ring_bytes, ring_rows, rows_for_memory
 from activations.shapes import ModelShape, model_shape
-from activations.sites import expand_sites, kind_of
+from activations.sites import expand_sites, kind_of, layer_of
+from activations.store import open_store
+from activations.store_writer import SHARD_BYTES
 from sae.errors import UserError
 from sae.numbers import format_size
 from train.config import TrainConfig
+from train.machine import free_gpu_memory, free_memory, own_private_memory
+from train.times import Measured, Speeds, basis, evaluation_seconds, index_seconds, pass_flops, training_rates
 
-# resident size of the process once torch, transformers and a model's code are loaded, less the weights: 0.7
-# GiB measured
-_PROCESS_BYTES = 800 * 2**20
+# resident size of the process with torch, transformers and the CPU kernel's compiler; with a model, its
+# tokenizer by the size of the vocabulary, and a packaged text
+_PROCESS, _PER_TOKEN, _TEXT = 620 * 2**20, 1300, 85 * 2**20
 _FP32 = 4
-# a forward pass reaches about this share of the speed of one large matrix product (measured on Gemma 3 270M)
-_FORWARD_EFFICIENCY = 0.6
-# a training step takes this many times its encoder product and, for each latent firing and each coordinate of
-# a row, the time of so many of the product's operations (fitted at widths 2,048 and 16,384 on two cores)
-_STEP_PER_PRODUCT = 1.6
-_STEP_PER_PAIR = 150.0
-# columns of the encoder's product that a thread of the step holds at once
-_STEP_BLOCK = 512
+# numbers a token in a layer's intermediate products, in multiples of d_model
+_LAYER_PRODUCTS = 22
+# bytes of a score of explicit attention: as computed, in fp32, and its softmax
+_SCORE = 12
+# columns of the encoder's product that a thread of the step holds at once, and sites a thread from which on
+# every thread makes whole steps
+_STEP_BLOCK, _SIDE_BY_SIDE = 512, 4
+# bytes of a step's lists by row and unit of L0: candidates are about twice the active pairs
+_STEP_LISTS = 32
+# rows that first weights are placed by; pre-activations that the first thresholds are a quantile of, and the
+# bytes of one: itself, and its place in the search
+_FIRST_ROWS, _FIRST_PRE, _FIRST_PRE_BYTES = 8192, 2**24, 20
+# rows that a store gives at once
+_STORE_ROWS = 8192
 # bytes of the feature index per latent: examples with their context, compressed
-_INDEX_BYTES_PER_LATENT = 6_000
+_INDEX_PER_LATENT = 6_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Sizes in bytes and times in seconds. Sizes are computed and hold; times are estimates."""
+    """Sizes in bytes, times in seconds, rates in tokens a second. Sizes hold; times are estimates."""
 
     sites: dict[str, int]
-    """The sites to train and their widths d_in."""
+    """The sites and their widths d_in."""
     device: str
     dtype: str
     """The model's dtype, which is also that of the rows in memory."""
-    steps: int
-    """Training steps."""
-    ring_rows: int
+    ring_rows: int = 0
     """Rows that the shuffle ring holds."""
     memory: dict[str, int]
     """Bytes by item on the device that computes: the machine's memory, or the GPU's."""
     host_memory: int
     """Bytes beside these in the machine's memory when a GPU computes; 0 on a CPU."""
+    loading: int
+    """Bytes that the process has held at most until now; 0 where that was not measured."""
     disk: dict[str, int]
     """Bytes written, by item."""
     seconds: dict[str, float]
     """Estimated time by phase."""
-    flops: float
-    """Floating-point operations a second on which the times rest, measured just now with a matrix product."""
+    rates: dict[str, float]
+    """Tokens a second: `harvest`, and `train`, through the steps of all sites."""
+    basis: str
+    """What the times rest on, in words."""
 
     @property
     def memory_total(self) -> int:
@@ -74,89 +84,274 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, *, eval_tokens: int = 0, loss_tokens: int = 0, index_tokens: int = 0
+    config: TrainConfig,
+    *,
+    measured: Measured | None = None,
+    eval_tokens: int = 0,
+    loss_tokens: int = 0,
+    index_tokens: int = 0,
 ) -> Plan:
     """Works out a training run, and an evaluation and an index after it when their tokens are given.
 
-    Reads the model's configuration, not its weights, and multiplies matrices for half a second. Raises
+    Reads the model's configuration or the store's manifest, no weights. Times, and the size of the process,
+    rest on `measured`; without it on a matrix product of half a second and on what is usual. Raises
     UserError when the run does not fit `config.memory` or the disk, saying what would.
     """
-    shape = model_shape(config.model)
+    shape, sites, dtype, tokens = rows_to_train(config)
     device = pick_device(config.device)
-    dtype = pick_dtype(config.dtype, device)
-    sites = {
-        site: shape.widths[kind_of(site)]
-        for site in expand_sites(config.sites, config.layers, shape.n_layers)
-    }
     on_gpu = device.type != "cpu"
-    fixed = fixed_costs(config, shape, sites, dtype, on_gpu=on_gpu)
+    fixed = fixed_costs(config, shape, sites, dtype, on_gpu=on_gpu, measured=measured)
     rows = plan_ring_rows(config, sites, dtype, sum(fixed.values()))
     ring = ring_bytes(sites, dtype=dtype, rows=rows, batch=config.batch, passes=config.passes)
-    memory = {**fixed, f"ring, {rows:,} rows": ring}
-    flops = _measured_flops(device, dtype)
+    speeds = Speeds.of(device, dtype)
+    rates = training_rates(config, shape, sites, speeds, measured)
+    if shape is not None and measured is not None:
+        speeds = dataclasses.replace(speeds, forward=rates["harvest"] * pass_flops(shape, sites))
+    seconds = {"harvest": tokens / rates["harvest"]} if "harvest" in rates else {}
+    seconds["train"] = tokens * config.passes / rates["train"]
+    if shape is not None and eval_tokens + loss_tokens:
+        seconds["evaluate"] = evaluation_seconds(shape, sites, config.width, speeds, eval_tokens, loss_tokens)
+    if shape is not None and index_tokens:
+        seconds["index"] = index_seconds(shape, sites, config.width, speeds, index_tokens)
     plan = Plan(
         sites=sites,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        steps=config.steps,
         ring_rows=rows,
-        memory=memory,
-        host_memory=_PROCESS_BYTES if on_gpu else 0,
+        memory={**fixed, f"ring, {rows:,} rows": ring},
+        host_memory=_process(shape, measured) + _weights(shape, dtype, measured) if on_gpu else 0,
+        loading=0 if measured is None else measured.peak,
         disk=_disk(config, sites, index=index_tokens > 0),
-        seconds=_seconds(config, shape, sites, flops, eval_tokens, loss_tokens, index_tokens),
-        flops=flops,
+        seconds=seconds,
+        rates=rates,
+        basis=basis(speeds, measured),
     )
-    _refuse_full_disk(plan, Path(config.out))
+    refuse_full_disk(plan, Path(config.out))
     return plan
 
 
+def plan_harvest(
+    shape: ModelShape,
+    sites: Mapping[str, int],
+    dtype: torch.dtype,
+    measured: Measured,
+    *,
+    device: torch.device,
+    tokens: int,
+    context: int,
+    model_batch: int,
+    out: str,
+) -> Plan:
+    """The same for a store of activations. Raises UserError when the disk has no room for it."""
+    size = tokens * (sum(sites.values()) * dtype.itemsize + 3 * 4)
+    forward = _forward(shape, sites, dtype, context, model_batch)
+    # a shard as it is filled and its copy as it is written
+    shards = 2 * min(size, SHARD_BYTES)
+    process, weights = measured.process, measured.weights
+    on_gpu = device.type != "cpu"
+    assert measured.harvest_rate is not None
+    plan = Plan(
+        sites=dict(sites),
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        memory={"language model": weights, "forward pass": forward}
+        | ({} if on_gpu else {"shards": shards, "Python, torch, ...": process}),
+        host_memory=process + max(weights, shards) if on_gpu else 0,
+        loading=measured.peak,
+        disk={"activations": size},
+        seconds={"harvest": tokens / measured.harvest_rate},
+        rates={"harvest": measured.harvest_rate},
+        basis="measured just now",
+    )
+    refuse_full_disk(plan, Path(out))
+    return plan
+
+
+def rows_to_train(config: TrainConfig) -> tuple[ModelShape | None, dict[str, int], torch.dtype, int]:
+    """The model's shape, or None for a store; sites and their widths; the rows' dtype; how many there are.
+
+    Raises UserError for what the model or the store does not have.
+    """
+    if config.store:
+        store = open_store(config.store)
+        wanted = set(expand_sites(config.sites, config.layers, 1 + max(map(layer_of, store.sites))))
+        widths = {site: store.widths[site] for site in store.sites if site in wanted}
+        if not widths:
+            raise UserError(
+                "the store must hold a site that --sites and --layers name",
+                f"it holds {', '.join(store.sites)}",
+                "choose from these",
+            )
+        return None, widths, store.dtype, min(store.rows, config.tokens)
+    shape = model_shape(config.model)
+    sites = expand_sites(config.sites, config.layers, shape.n_layers)
+    dtype = pick_dtype(config.dtype, pick_device(config.device))
+    return shape, {site: shape.widths[kind_of(site)] for site in sites}, dtype, config.tokens
+
+
 def fixed_costs(
-    config: TrainConfig, shape: ModelShape, sites: Mapping[str, int], dtype: torch.dtype, *, on_gpu: bool
+    config: TrainConfig,
+    shape: ModelShape | None,
+    sites: Mapping[str, int],
+    dtype: torch.dtype,
+    *,
+    on_gpu: bool,
+    measured: Measured | None = None,
 ) -> dict[str, int]:
-    """Bytes that a run takes on the device that computes, whatever the size of its ring, by item."""
+    """Bytes that a run takes on the device that computes, whatever the size of its ring, by item.
+
+    `shape` is None where rows come from a store. Working memory is that of the phase which needs most.
+    """
     parameters = [dictionary_parameters(config.width, d_in) for d_in in sites.values()]
-    tokens = config.model_batch * config.context
-    # rows of every site beside the stream, and the widest layer's intermediate products in fp32
-    forward = tokens * (2 * sum(sites.values()) * dtype.itemsize + 24 * shape.d_model * _FP32)
-    widest = max(sites.values())
-    # fp32: weights and both moments; bf16: the encoder that the product reads
-    dictionaries = 3 * _FP32 * sum(parameters) + 2 * config.width * sum(sites.values())
-    # rows, targets, error; a block of products for each of a few threads; candidates, at four times the L0
-    step = config.batch * (_FP32 * (3 * widest + 4 * _STEP_BLOCK) + 24 * 4 * round(config.l0))
+    # fp32: weights and moments; bf16: the encoder that the product reads
+    moments = 2 if config.beta1 else 1
+    dictionaries = (1 + moments) * _FP32 * sum(parameters) + 2 * config.width * sum(sites.values())
+    phases = _working_memory(config, shape, sites, dtype, on_gpu=on_gpu)
+    phase = max(phases, key=lambda name: phases[name])
     costs = {
-        "language model": (shape.body_params + shape.d_vocab * shape.d_model) * dtype.itemsize,
-        "forward pass": forward,
         f"{len(sites)} dictionaries, Adam": dictionaries,
-        "training step": step,
+        f"at work: {phase}": phases[phase],
     }
-    return costs if on_gpu else {**costs, "Python, torch, ...": _PROCESS_BYTES}
+    if shape is not None:
+        costs = {"language model": _weights(shape, dtype, measured), **costs}
+    return costs if on_gpu else {**costs, "Python, torch, ...": _process(shape, measured)}
 
 
 def plan_ring_rows(config: TrainConfig, sites: Mapping[str, int], dtype: torch.dtype, fixed: int) -> int:
-    """Rows of the shuffle ring: what `config.memory` leaves beside `fixed` bytes, and no more than the
-    tokens asked for.
+    """Rows of the shuffle ring: `config.buffer`, or fewer where there are fewer tokens.
 
-    Raises UserError when too little is left.
+    They follow from the config alone, so that neither memory nor the other sites change a row's place.
+    Raises UserError when `config.memory` does not hold them beside `fixed` bytes.
     """
+    shares = {"batch": config.batch, "passes": config.passes}
     smallest = config.passes * config.batch
-    smallest_bytes = ring_bytes(sites, dtype=dtype, rows=smallest, batch=config.batch, passes=config.passes)
-    if config.memory < fixed + smallest_bytes:
-        raise UserError(
-            "--memory must hold the model, the dictionaries and a small shuffle ring: "
-            f"{format_size(fixed)} + {format_size(smallest_bytes)}",
-            f"--memory {format_size(config.memory)}",
-            f"Give --memory {_gigabytes(fixed + 2 * smallest_bytes)}, fewer --layers or a smaller --width",
-        )
-    rows = rows_for_memory(
-        config.memory - fixed, sites, dtype=dtype, batch=config.batch, passes=config.passes
+    rows = _ring_rows(config)
+    ring = ring_bytes(sites, dtype=dtype, rows=rows, **shares)
+    if fixed + ring <= config.memory:
+        return rows
+    remedy = f"give --memory {_gigabytes(fixed + ring)}"
+    spare = config.memory - fixed
+    if spare >= ring_bytes(sites, dtype=dtype, rows=smallest, **shares):
+        remedy += f" or --buffer {rows_for_memory(spare, sites, dtype=dtype, **shares)}"
+    raise UserError(
+        "--memory must hold the model, the dictionaries and the shuffle buffer: "
+        f"{format_size(fixed)} + {format_size(ring)}",
+        f"--memory {format_size(config.memory)}",
+        f"{remedy}, or fewer --layers, or a smaller --width",
     )
-    enough = ring_rows(config.tokens + smallest - 1, batch=config.batch, passes=config.passes)
-    return max(smallest, min(rows, enough))
+
+
+def missing_memory(plan: Plan, config: TrainConfig | None = None) -> UserError | None:
+    """The error for a plan that exceeds what is free, less what this process holds of it already.
+
+    With the `config` of a training run it names the --buffer that fits, if any does.
+    """
+    own = own_private_memory()
+    free, need, where = free_memory(), plan.memory_total - own, "memory"
+    if plan.device != "cpu":
+        if plan.host_memory - own > free:
+            must = (
+                f"the machine must have the memory planned beside the GPU's: {format_size(plan.host_memory)}"
+            )
+            return UserError(must, f"{format_size(free)} free", "close other programs")
+        device = torch.device(plan.device)
+        free, where = free_gpu_memory(device), "GPU memory"
+        need = plan.memory_total - torch.cuda.memory_allocated(device)
+    if need <= free:
+        return None
+    remedy = "close other programs"
+    if config is not None:
+        shares = {"batch": config.batch, "passes": config.passes}
+        dtype = getattr(torch, plan.dtype)
+        spare = free - need + ring_bytes(plan.sites, dtype=dtype, rows=plan.ring_rows, **shares)
+        if spare >= ring_bytes(plan.sites, dtype=dtype, rows=config.passes * config.batch, **shares):
+            remedy += f", or give --buffer {rows_for_memory(spare, plan.sites, dtype=dtype, **shares)}"
+        remedy += ", or fewer --layers, or a smaller --width"
+    return UserError(
+        f"the {where} planned must be free: {format_size(plan.memory_total)}, "
+        f"of which {format_size(max(0, plan.memory_total - need))} are taken already",
+        f"{format_size(free)} free",
+        remedy,
+    )
 
 
 def dictionary_parameters(width: int, d_in: int) -> int:
     """Numbers in a dictionary: two matrices, b_enc and threshold, b_dec."""
     return 2 * d_in * width + 2 * width + d_in
+
+
+def refuse_full_disk(plan: Plan, out: Path) -> None:
+    """Raises UserError when the disk of `out` has no room for the plan."""
+    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if plan.disk_total > free:
+        raise UserError(
+            f"the disk must have {format_size(plan.disk_total)} free for the run",
+            f"{format_size(free)} at {place}",
+            "free some space or choose another --out",
+        )
+
+
+def _ring_rows(config: TrainConfig) -> int:
+    smallest = config.passes * config.batch
+    enough = min(config.buffer, config.tokens + smallest - 1)
+    return ring_rows(enough, batch=config.batch, passes=config.passes)
+
+
+def _process(shape: ModelShape | None, measured: Measured | None) -> int:
+    if measured is not None:
+        return measured.process
+    return _PROCESS if shape is None else _PROCESS + _PER_TOKEN * shape.d_vocab + _TEXT
+
+
+def _weights(shape: ModelShape | None, dtype: torch.dtype, measured: Measured | None) -> int:
+    if shape is None:
+        return 0
+    return (shape.body_params + shape.vocab_params) * dtype.itemsize if measured is None else measured.weights
+
+
+def _working_memory(
+    config: TrainConfig,
+    shape: ModelShape | None,
+    sites: Mapping[str, int],
+    dtype: torch.dtype,
+    *,
+    on_gpu: bool,
+) -> dict[str, int]:
+    """Bytes by phase beside what stays throughout."""
+    row, widest = sum(sites.values()) * dtype.itemsize, max(sites.values())
+    threads = 1 if on_gpu else torch.get_num_threads()
+    together = len(sites) >= _SIDE_BY_SIDE * threads
+    # rows and error in fp32 and the rows in bf16; lists of pairs; blocks of the product
+    lists = config.batch * ((3 * _FP32 + 2) * widest + _STEP_LISTS * round(config.l0))
+    blocks = config.batch * (config.width // 4 if on_gpu else _STEP_BLOCK * dtype.itemsize * threads)
+    step = config.batch * row + lists * (threads if together else 1) + blocks
+    if shape is None:
+        # a row batch and its copy, and the file that it is mapped from
+        made, name = _STORE_ROWS * row, "store and step"
+        harvest = 2 * made + min(SHARD_BYTES, config.tokens * row)
+    else:
+        harvest = _forward(shape, sites, dtype, config.context, config.model_batch)
+        made, name = config.model_batch * config.context * row, "model and step"
+    # weights and screens of the last site come after its thresholds
+    rest = (4 * _FP32 + 2) * config.width * widest
+    first = min(_FIRST_ROWS, _ring_rows(config) // config.passes)
+    looked_at = min(first, max(64, _FIRST_PRE // config.width)) * config.width
+    first_rows = first * widest * (dtype.itemsize + 2 * _FP32)
+    return {
+        name: harvest + step,
+        "first thresholds": made + first_rows + looked_at * _FIRST_PRE_BYTES - rest,
+        # a file is made in memory: weights and both moments
+        "saving": made + step + 3 * _FP32 * dictionary_parameters(config.width, widest),
+    }
+
+
+def _forward(
+    shape: ModelShape, sites: Mapping[str, int], dtype: torch.dtype, context: int, model_batch: int
+) -> int:
+    """Bytes of a forward pass: rows of every site, twice, the widest layer and its attention."""
+    row = 2 * sum(sites.values()) + _LAYER_PRODUCTS * shape.d_model
+    return model_batch * context * (row * dtype.itemsize + _SCORE * shape.n_heads * context)
 
 
 def _disk(config: TrainConfig, sites: Mapping[str, int], *, index: bool) -> dict[str, int]:
@@ -166,75 +361,8 @@ def _disk(config: TrainConfig, sites: Mapping[str, int], *, index: bool) -> dict
         "metrics": 300 * lines,
     }
     if index:
-        items["feature index"] = _INDEX_BYTES_PER_LATENT * config.width * len(sites)
+        items["feature index"] = _INDEX_PER_LATENT * config.width * len(sites)
     return items
-
-
-def _seconds(
-    config: TrainConfig,
-    shape: ModelShape,
-    sites: Mapping[str, int],
-    flops: float,
-    eval_tokens: int,
-    loss_tokens: int,
-    index_tokens: int,
-) -> dict[str, float]:
-    body = 2 * shape.body_params / (_FORWARD_EFFICIENCY * flops)
-    unembed = 2 * shape.d_model * shape.d_vocab / (_FORWARD_EFFICIENCY * flops)
-    encode = sum(2 * d_in * config.width for d_in in sites.values()) / flops
-    pairs = _STEP_PER_PAIR * config.l0 * sum(sites.values()) / flops
-    items = {
-        "harvest": 0.0 if config.store else config.tokens * body,
-        "train": config.steps * config.batch * (encode * _STEP_PER_PRODUCT + pairs),
-    }
-    if eval_tokens or loss_tokens:
-        # a splice runs half the layers on average; baselines add two variants on a quarter of the tokens
-        variants = 1 + 1.5 * len(sites)
-        items["evaluate"] = eval_tokens * (body + 2 * encode) + loss_tokens * variants * (body / 2 + unembed)
-    if index_tokens:
-        # top and bottom logits: every latent's direction through the unembedding
-        logits = len(sites) * config.width * unembed
-        items["index"] = index_tokens * (body + 2 * encode) + logits
-    return items
-
-
-def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product of a training step's kind, over a quarter of a second or so."""
-    a = torch.ones(1024, 1024, device=device, dtype=dtype)
-    operations, elapsed, start = 0, 0.0, 0.0
-    while elapsed < 0.25:
-        float((a @ a)[0, 0])  # device sync
-        if start:  # the first product also sets up the library
-            operations += 2 * 1024**3
-        else:
-            start = time.perf_counter()
-        elapsed = time.perf_counter() - start
-    return operations / elapsed
-
-
-def _refuse_full_disk(plan: Plan, out: Path) -> None:
-    place = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    if plan.disk_total > free:
-        raise UserError(
-            f"the disk must have {format_size(plan.disk_total)} free for the run",
-            f"{format_size(free)} at {place}",
-            "Free some space or choose another --out",
-        )
-
-
-def missing_memory(plan: Plan) -> str | None:
-    """A warning when the plan, although within --memory, exceeds what is free on the machine now."""
-    if plan.device.startswith("cuda"):
-        free = torch.cuda.mem_get_info(torch.device(plan.device))[0]
-    else:
-        free = psutil.virtual_memory().available
-    if plan.memory_total <= free:
-        return None
-    return (
-        f"only {format_size(free)} of memory are free now of the {format_size(plan.memory_total)} planned: "
-        "close other programs, or give a smaller --memory"
-    )
 
 
 def _gigabytes(n_bytes: int) -> str:

@@ -155,7 +155,7 @@ def _stored_rows(
         )
     tokens = min(store.rows, config.tokens)
     widths = {site: store.widths[site] for site in sites}
-    fixed = 12 * sum(2 * width * config.width for width in widths.values())
+    fixed = sum(fixed_costs(config, None, widths, store.dtype, on_gpu=device.type != "cpu").values())
     manifest = json.dumps(store.manifest, sort_keys=True).encode()
     return Rows(
         ring=ShuffleRing(

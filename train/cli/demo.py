@@ -1,6 +1,7 @@
 """`jumpscope demo`: from nothing to a viewer, in one command."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.cli import plan
 from train.cli.console import note, say, stdout
@@ -8,6 +9,9 @@ from train.cli.options import DemoOptions, EvalOptions, IndexOptions, ViewOption
 from train.cli.parsing import parse
 from train.cli.tables import eval_caption, eval_summary
 from train.run_folder import RUN, RunFolder, refuse_occupied
+
+if TYPE_CHECKING:
+    from activations.models import LanguageModel
 
 DEFAULT_OUT = Path("runs/demo")
 
@@ -20,29 +24,32 @@ def run(argv: list[str]) -> None:
         "demo --headless --layers 3-8 --width 4k --l0 50 --tokens 500k",
     ]
     options = parse(DemoOptions, argv, verb="demo", examples=examples)
-    out = Path(options.out) if options.out else _default_out()
+    out, model = Path(options.out) if options.out else _default_out(), None
     if (out / RUN).is_file() and not options.out:
         note(f"{out} holds a trained demo, which is opened again; --out makes another")
     else:
         refuse_occupied(out)
-        _make(options, out)
-    _finish(options, RunFolder.open(out))
+        model = _make(options, out)
+    _finish(options, RunFolder.open(out), model)
     if options.view:
         from train.cli import view
 
         view.serve(ViewOptions(run=str(out), port=options.port, headless=options.headless))
 
 
-def _make(options: DemoOptions, out: Path) -> None:
+def _make(options: DemoOptions, out: Path) -> "LanguageModel":
+    """Trains; returns the model, which the rest needs too."""
     config = options.train_config(str(out))
-    # the pass over held-out text is made once for both, so it is counted once
-    plan.show(config, eval_tokens=0, loss_tokens=options.loss_tokens, index_tokens=options.held_out_tokens)
+    plan.check(config)
     from train.cli import work  # late: mistakes above should not wait for transformers
 
-    work.train(config)
+    model = work.load(config)
+    # the pass over held-out text is made once for evaluation and index, so it is counted once
+    work.train(config, model=model, loss_tokens=options.loss_tokens, index_tokens=options.held_out_tokens)
+    return model
 
 
-def _finish(options: DemoOptions, folder: RunFolder) -> None:
+def _finish(options: DemoOptions, folder: RunFolder, model: "LanguageModel | None") -> None:
     """Evaluates and indexes what has not been, and prints the table."""
     path = str(folder.path)
     measured = set(folder.eval_table()) >= set(folder.sites())
@@ -50,7 +57,7 @@ def _finish(options: DemoOptions, folder: RunFolder) -> None:
     if not (measured and indexed):
         from train.cli import work
 
-        loaded = work.load_run(folder.path, dtype=options.dtype, device=options.device)
+        loaded = work.load_run(folder.path, dtype=options.dtype, device=options.device, model=model)
         tokens = options.held_out_tokens
         measuring = EvalOptions(run=path, tokens=tokens, loss_tokens=options.loss_tokens)
         if measured:

@@ -21,13 +21,17 @@ def run(argv: list[str]) -> None:
         refuse_occupied(config.out)
     else:
         config = _resumed(argv, resumed)
-    if resumed is not None and RunFolder.open(resumed).state() == "done":
-        say(f"{resumed} is finished: there is nothing to go on with.")
-    else:
-        plan.show(config)
+    done = resumed is not None and RunFolder.open(resumed).state() == "done"
+    if not done:
+        plan.check(config)
     from train.cli import work  # late: a mistake above should not wait for transformers
+    from train.trainer import train_run
 
-    folder = work.train(config, resume=resumed is not None)
+    if done:
+        say(f"{resumed} is finished: there is nothing to go on with.")
+        folder = train_run(config, resume=True)
+    else:
+        folder = work.train(config, resume=resumed is not None)
     stdout.print(training_summary(folder.metrics()))
     say(f"{len(folder.sites())} dictionaries in {folder.path}.")
     say(f"Next: jumpscope eval {folder.path}, then jumpscope index {folder.path}")

@@ -14,15 +14,19 @@ from activations.blocks import Cursor, TokenBlocks, iter_blocks
 from activations.corpora import load_corpus
 from activations.harvest import RowBatch, harvest_rows
 from activations.models import LanguageModel, load_model
+from activations.shapes import model_shape
 from activations.sites import expand_sites, layer_of, parse_layers, site_label
 from activations.store import Store
 from activations.store_writer import StoreFacts, write_store
 from sae import JumpReLU, UserError
+from train.cli import plan
 from train.cli.console import note
 from train.cli.options import EvalOptions, HarvestOptions, IndexOptions
 from train.cli.progress import progress
 from train.config import TrainConfig
 from train.evals import evaluate
+from train.measure import measure_harvest
+from train.plan import missing_memory, plan_harvest
 from train.run_folder import RUN, RunFolder
 from train.trainer import train_run
 from viewer.index import IndexBuilder, build_index
@@ -36,6 +40,11 @@ class LoadedRun:
     config: TrainConfig
     model: LanguageModel
     dictionaries: dict[str, JumpReLU]
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Sites and their d_in."""
+        return {site: dictionary.cfg.d_in for site, dictionary in self.dictionaries.items()}
 
     def held_out(self, tokens: int, corpus: str = "") -> Iterator[TokenBlocks]:
         """Blocks of documents that training never saw, in the run's own context, up to `tokens` kept
@@ -53,10 +62,16 @@ class LoadedRun:
 
 
 def load_run(
-    path: Path | str, *, layers: str = "all", dtype: str = "auto", device: str = "auto"
+    path: Path | str,
+    *,
+    layers: str = "all",
+    dtype: str = "auto",
+    device: str = "auto",
+    model: LanguageModel | None = None,
 ) -> LoadedRun:
-    """Opens a run and loads its model. Raises UserError when the folder holds no run or no dictionary to
-    use.
+    """Opens a run and loads its model, unless that is given.
+
+    Raises UserError when the folder holds no run or no dictionary to use.
     """
     folder = RunFolder.open(path)
     config = TrainConfig.from_dict(folder.config())
@@ -79,8 +94,9 @@ def load_run(
             repr(layers),
             f"the run has {', '.join(map(site_label, saved))}",
         )
-    note(f"loading {config.model}")
-    model = load_model(config.model, dtype=config.dtype if dtype == "auto" else dtype, device=device)
+    if model is None:
+        note(f"loading {config.model}")
+        model = load_model(config.model, dtype=config.dtype if dtype == "auto" else dtype, device=device)
     dictionaries = {site: sae.load(folder.site_dir(site), device=str(model.device)) for site in chosen}
     model.check_sites(chosen)
     return LoadedRun(folder=folder, config=config, model=model, dictionaries=dictionaries)
@@ -118,6 +134,7 @@ def harvest(options: HarvestOptions) -> Store:
         )
         return harvest_rows(model, blocks, sites)
 
+    _plan_harvest(options, model, sites, source(Cursor()))
     with progress() as report:
         return write_store(
             options.out,
@@ -129,12 +146,55 @@ def harvest(options: HarvestOptions) -> Store:
         )
 
 
-def train(config: TrainConfig, *, resume: bool = False) -> RunFolder:
-    """Trains a run, or goes on with it, with progress on the console. When stopped, says how to go on."""
-    note(f"reading {config.store}" if config.store else f"loading {config.model}")
+def _plan_harvest(
+    options: HarvestOptions, model: LanguageModel, sites: tuple[str, ...], rows: Iterator[RowBatch]
+) -> None:
+    """Prints what the harvest takes. Raises UserError when that is not free."""
+    planned = plan_harvest(
+        model_shape(options.model),
+        {site: model.site_width(site) for site in sites},
+        model.dtype,
+        measure_harvest(model, rows),
+        device=model.device,
+        tokens=options.tokens,
+        context=options.context,
+        model_batch=options.model_batch,
+        out=options.out,
+    )
+    plan.print_plan(planned)
+    if error := missing_memory(planned):
+        raise error
+
+
+def load(config: TrainConfig) -> LanguageModel:
+    """The model of a training run."""
+    note(f"loading {config.model}")
+    return load_model(config.model, dtype=config.dtype, device=config.device)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    model: LanguageModel | None = None,
+    loss_tokens: int = 0,
+    index_tokens: int = 0,
+) -> RunFolder:
+    """Prints the plan and trains a run, or goes on with it, with progress on the console.
+
+    `model` spares loading the config's. The tokens given are those of what follows the training. Raises
+    UserError when the memory planned is not free. When stopped, says how to go on.
+    """
+    if model is None and not config.store:
+        model = load(config)
+    planned = plan.show(config, model, loss_tokens=loss_tokens, index_tokens=index_tokens)
+    if error := missing_memory(planned, config):
+        raise error
+    if config.store:
+        note(f"reading {config.store}")
     try:
         with progress() as report:
-            return train_run(config, on_progress=report, resume=resume)
+            return train_run(config, model=model, on_progress=report, resume=resume)
     except KeyboardInterrupt:
         if (Path(config.out) / RUN).is_file():
             note(f"what was trained so far is in {config.out}")
@@ -149,6 +209,13 @@ def measure(loaded: LoadedRun, options: EvalOptions, *, index: bool = False) -> 
     """
     builder = IndexBuilder(loaded.model, loaded.dictionaries) if index else None
     wanted = max(options.tokens, options.loss_tokens, options.baseline_tokens)
+    plan.tell_time(
+        loaded.config,
+        loaded.widths,
+        loaded.model,
+        eval_tokens=options.tokens,
+        loss_tokens=options.loss_tokens,
+    )
     with progress() as report:
         metrics = evaluate(
             loaded.model,
@@ -180,6 +247,7 @@ def measure(loaded: LoadedRun, options: EvalOptions, *, index: bool = False) -> 
 
 def build(loaded: LoadedRun, options: IndexOptions) -> None:
     """Indexes the loaded dictionaries into the run folder."""
+    plan.tell_time(loaded.config, loaded.widths, loaded.model, index_tokens=options.tokens)
     with progress(unit="steps") as report:
         build_index(
             loaded.model,

@@ -1,0 +1,147 @@
+"""A few seconds of the real work, timed: what a plan's times and the size of the process rest on."""
+
+import dataclasses
+import gc
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from activations.blocks import iter_blocks
+from activations.corpora import load_corpus
+from activations.harvest import RowBatch, harvest_rows
+from activations.models import LanguageModel
+from activations.precision import pick_device
+from activations.ring import RunningStatistics
+from activations.store import open_store
+from sae.errors import UserError
+from sae.kernels.dispatch import StepKernel, choose_kernel, make_kernel
+from train.config import TrainConfig
+from train.machine import own_memory, own_peak
+from train.site_trainer import SiteTrainer
+from train.times import Measured
+
+# work is repeated until it has taken so long, in seconds, or so often
+_LONG_ENOUGH = 0.8
+_OFTEN_ENOUGH = 4
+# rows that the dictionary in the trial is begun from; more make its start slower, not truer
+_FIRST_ROWS = 512
+_PAGE = 4096
+
+
+def measure(config: TrainConfig, sites: Sequence[str], model: LanguageModel | None) -> Measured:
+    """Makes some rows of `sites` and some training steps on them, about five seconds of work.
+
+    Rows come from the model, or without one from `config.store`. Raises UserError when there is no
+    text for a single batch.
+    """
+    rows, harvest_rate = _stored(config, sites) if model is None else _harvested(config, sites, model)
+    kernel = make_kernel(choose_kernel(pick_device(config.device), config.kernel))
+    seconds = _step_seconds(config, rows.rows, kernel)
+    del rows, kernel
+    return _measured(model, harvest_rate, config.batch / seconds)
+
+
+def measure_harvest(model: LanguageModel, rows: Iterator[RowBatch]) -> Measured:
+    """The same for rows alone: takes a few of `rows`, an untouched stream that the model makes."""
+    _, rate = _timed(model, rows)
+    return _measured(model, rate, None)
+
+
+def _stored(config: TrainConfig, sites: Sequence[str]) -> tuple[RowBatch, None]:
+    batch = next(open_store(config.store).iter_rows(sites))
+    device = pick_device(config.device)
+    rows = {site: part.to(device) for site, part in batch.rows.items()}
+    return dataclasses.replace(batch, rows=rows), None
+
+
+def _harvested(config: TrainConfig, sites: Sequence[str], model: LanguageModel) -> tuple[RowBatch, float]:
+    blocks = iter_blocks(
+        model,
+        load_corpus(config.corpus),
+        split="train",
+        context=config.context,
+        blocks_per_batch=config.model_batch,
+        seed=config.seed,
+    )
+    return _timed(model, harvest_rows(model, blocks, sites))
+
+
+def _timed(model: LanguageModel, stream: Iterator[RowBatch]) -> tuple[RowBatch, float]:
+    """The first rows of a stream, and the rate at which those after them come."""
+    _read_weights(model)
+    first, spans, start = None, [], time.perf_counter()
+    for rows in itertools.islice(stream, 1 + _OFTEN_ENOUGH):
+        _synchronise(model.device)
+        now = time.perf_counter()
+        spans.append((len(rows), now - start))
+        first, start = first or rows, now
+        if sum(seconds for _, seconds in spans[1:]) >= _LONG_ENOUGH:
+            break
+    if first is None:
+        raise UserError("there must be text to make rows of", "no token", "give a longer corpus")
+    # the first pass also sets up the libraries; a text of one batch has no other
+    counted = spans[1:] or spans
+    return first, sum(n for n, _ in counted) / sum(seconds for _, seconds in counted)
+
+
+def _step_seconds(
+    config: TrainConfig, rows: Mapping[str, Float[Tensor, "row _"]], kernel: StepKernel
+) -> float:
+    """Seconds of one training step of all sites, from one site of each width."""
+    of_width: dict[int, float] = {}
+    for site, part in rows.items():
+        width = part.shape[1]
+        if width not in of_width:
+            of_width[width] = _one_site(config, site, part, kernel)
+    return sum(of_width[part.shape[1]] for part in rows.values())
+
+
+def _one_site(config: TrainConfig, site: str, rows: Float[Tensor, "row d_in"], kernel: StepKernel) -> float:
+    statistics = RunningStatistics(rows.shape[1])
+    statistics.update(rows)
+    # begun at the L0 aimed at, which decides how much there is to do
+    begun = dataclasses.replace(config, l0_start=1.0)
+    trainer = SiteTrainer.begin(begun, site, statistics.result(), rows[:_FIRST_ROWS], kernel)
+    batch = rows[torch.arange(config.batch, device=rows.device) % len(rows)]
+    trainer.step(batch, 0.5)  # compiles
+    trainer.metrics()  # device sync
+    start, count, elapsed = time.perf_counter(), 0, 0.0
+    while elapsed < _LONG_ENOUGH and count < _OFTEN_ENOUGH:
+        trainer.step(batch, 0.5)
+        trainer.metrics()  # device sync
+        count, elapsed = count + 1, time.perf_counter() - start
+    return elapsed / count
+
+
+def _read_weights(model: LanguageModel) -> None:
+    """Touches every page of the weights: those of a mapped file count only once they were read."""
+    if model.device.type == "cpu":
+        for weight in _weights(model):
+            weight.view(torch.uint8).flatten()[::_PAGE].sum()
+
+
+def _weights(model: LanguageModel) -> list[Tensor]:
+    found = {p.data_ptr(): p.detach() for p in model.bridge.parameters() if p.numel()}
+    return [weight for weight in found.values() if weight.is_contiguous()]
+
+
+def _measured(model: LanguageModel | None, harvest_rate: float | None, train_rate: float | None) -> Measured:
+    gc.collect()
+    weights = 0 if model is None else sum(weight.nbytes for weight in _weights(model))
+    on_cpu = model is not None and model.device.type == "cpu"
+    return Measured(
+        harvest_rate=harvest_rate,
+        train_rate=train_rate,
+        weights=weights,
+        process=own_memory() - (weights if on_cpu else 0),
+        peak=own_peak(),
+    )
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
