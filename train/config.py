@@ -29,6 +29,24 @@ Count = Annotated[int, _number(parse_count, "N")]
 Width = Annotated[int, _number(parse_width, "N")]
 Size = Annotated[int, _number(parse_size, "SIZE")]
 
+_ABOVE_ZERO = (
+    "width",
+    "l0",
+    "tokens",
+    "passes",
+    "batch",
+    "model_batch",
+    "lr",
+    "threshold_lr",
+    "bandwidth",
+    "l0_start",
+    "dead_after",
+    "pull_after",
+    "memory",
+    "log_every",
+    "checkpoint_minutes",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
@@ -114,23 +132,7 @@ class TrainConfig(Config):
     """Mirror the metrics to Weights & Biases."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "width",
-            "l0",
-            "tokens",
-            "passes",
-            "batch",
-            "model_batch",
-            "lr",
-            "threshold_lr",
-            "bandwidth",
-            "l0_start",
-            "dead_after",
-            "pull_after",
-            "memory",
-            "log_every",
-            "checkpoint_minutes",
-        ):
+        for name in _ABOVE_ZERO:
             if not getattr(self, name) > 0:
                 raise UserError(
                     f"--{_flag(name)} must be above zero", f"{getattr(self, name)}", "give a positive number"
