@@ -21,7 +21,7 @@ def make_sizes(model, folder):
     inputs = {"model": str(model), "corpus": str(corpus), "context": 32, "model_batch": 2, "layers": "1-2"}
     # silence counts after a few steps, so that a lost count is seen
     silence = {"dead_after": 320, "pull_after": 128}
-    steps = {"width": 64, "l0": 5.0, "tokens": 1200, "batch": 64, "passes": 2, "log_every": 3}
+    steps = {"width": 64, "l0": 5.0, "tokens": 1200, "batch": 64, "passes": 2, "buffer": RING, "log_every": 3}
     return {**inputs, **steps, **silence, "dtype": "float32", "device": "cpu"}
 
 

@@ -18,7 +18,6 @@ import safetensors.torch
 import torch
 from conftest import wrapped_model
 
-import train.rows
 from activations.models import LanguageModel
 from sae.errors import UserError
 from sae.kernels.cpu import CpuKernel
@@ -74,10 +73,8 @@ def child(order: dict, model: LanguageModel) -> int:
 def main() -> None:
     """Answers orders until the input ends."""
     torch.set_num_threads(1)
-    ring_rows = int(sys.argv[1])
-    train.rows.plan_ring_rows = lambda *_: ring_rows
     model = wrapped_model("gemma3")
-    warm_up = json.loads(sys.argv[2])
+    warm_up = json.loads(sys.argv[1])
     folder = tempfile.mkdtemp()
     train_run(TrainConfig(**warm_up, out=f"{folder}/run"), model=model)  # loads the compiled step
     shutil.rmtree(folder)

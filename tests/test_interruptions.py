@@ -12,7 +12,7 @@ import pytest
 import torch
 from cli_fakes import refused
 from conftest import wrapped_model
-from resume_fakes import RING, assert_same, harvest, make_sizes, weights
+from resume_fakes import assert_same, harvest, make_sizes, weights
 
 import train.checkpoints
 import train.rows
@@ -22,11 +22,6 @@ from train.cli.main import main
 from train.config import TrainConfig
 from train.run_folder import RunFolder, hold
 from train.trainer import train_run
-
-
-@pytest.fixture(autouse=True)
-def small_ring(monkeypatch):
-    monkeypatch.setattr(train.rows, "plan_ring_rows", lambda *_: RING)
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +43,7 @@ def make(sizes, tmp_path, tiny_model):
 @pytest.fixture(scope="module")
 def undisturbed(sizes, tmp_path_factory, tiny_model):
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.rows, "plan_ring_rows", lambda *_: RING)
-        train_run(TrainConfig(**sizes, out=str(out)), model=tiny_model)
+    train_run(TrainConfig(**sizes, out=str(out)), model=tiny_model)
     return out
 
 

@@ -32,7 +32,7 @@ class Server:
 
     def __init__(self, sizes, folder):
         self.sizes, self.folder, self.runs = sizes, folder, 0
-        arguments = [sys.executable, str(HERE / "resume_server.py"), str(RING), json.dumps(sizes)]
+        arguments = [sys.executable, str(HERE / "resume_server.py"), json.dumps(sizes)]
         paths = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(

@@ -34,6 +34,7 @@ _ABOVE_ZERO = (
     "l0",
     "tokens",
     "passes",
+    "buffer",
     "batch",
     "model_batch",
     "lr",
