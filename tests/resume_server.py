@@ -82,11 +82,17 @@ def main() -> None:
         pid = os.fork()
         if not pid:
             os._exit(child(json.loads(line), model))
-        sys.stdout.write(f"{pid}\n")
-        sys.stdout.flush()
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        sys.stdout.write(f"{code}\n")
-        sys.stdout.flush()
+        say("child", pid)
+        # left unreaped until it was told: whoever signals an ended child must not hit another process
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        sys.stdin.readline()
+        say("code", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+
+
+def say(what: str, number: int) -> None:
+    """Answers with a line."""
+    sys.stdout.write(f"{what} {number}\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def test_lines_that_do_not_fit_are_taken_back(tmp_path):
     before = path.read_bytes()
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
     try:
-        with pytest.raises(OSError, match="too large"):
+        with pytest.raises(UserError, match="too large"):
             run.log([{"step": step} for step in range(100)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -46,11 +46,19 @@ class Server:
         order["errors"] = str(self.folder / "errors")
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        return self._answer("child")
 
     def end(self):
         """Waits for the run's process; returns its exit code."""
-        return int(self.process.stdout.readline())
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._answer("code")
+
+    def _answer(self, what):
+        # a number taken for another would signal the wrong process
+        kind, number = self.process.stdout.readline().split()
+        assert kind == what
+        return int(number)
 
     def train(self, out, **options):
         self.start(out, **options)
