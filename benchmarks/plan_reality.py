@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sae.numbers import format_size, format_time, parse_count
+from sae.numbers import format_size, format_time
 from train.cli import plan
 from train.cli.main import main as command_line
 from train.machine import own_peak
@@ -114,16 +114,17 @@ def main() -> None:
         steady = [
             reality(f"one layer, 1k, {tokens} tokens", "train", {**STEADY, "tokens": tokens}, place / tokens)
             for tokens in arguments.steady.split(",")
-            if parse_count(tokens)
         ]
-    peaks = [run["memory"][1] for run in steady]
+    peaks = {
+        tokens: run["memory"][1] for tokens, run in zip(arguments.steady.split(","), steady, strict=True)
+    }
     ratios = {run["name"]: run["ratio"] for run in (*runs, *steady)}
     result = {
         "benchmark": "plan_reality",
         "ok": all(abs(ratio - 1) <= BAR for ratio in ratios.values())
-        and max(peaks) <= (1 + BAR) * min(peaks),
+        and max(peaks.values()) <= (1 + BAR) * min(peaks.values()),
         "real_over_planned": ratios,
-        "peak_by_tokens": dict(zip(arguments.steady.split(","), peaks, strict=True)),
+        "peak_by_tokens": peaks,
         "runs": [*runs, *steady],
         "threads": torch.get_num_threads(),
         "machine": platform.processor() or platform.machine(),
