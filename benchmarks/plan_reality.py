@@ -4,7 +4,7 @@ Memory does not depend on the number of tokens, so a run has few; one small conf
 numbers to show it. The peak is that of the resident set, by the system's own record. The last line is JSON;
 `ok` when every peak is within 10 % of its plan, and those of the small configuration are of each other.
 
-    python benchmarks/plan_reality.py [--only one,fp32] [--tokens 20k] [--steady 50k,200k,800k]
+    python benchmarks/plan_reality.py [--only one,fp32] [--tokens 24576] [--steady 50k,200k,800k]
 """
 
 import argparse
@@ -43,7 +43,8 @@ STEADY = {"layers": "0", "width": "1k", "passes": "1", "buffer": "8k"}
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Plans against reality.")
     parser.add_argument("--only", default="", help="beginnings of names, with commas")
-    parser.add_argument("--tokens", default="20k")
+    # whole generations of the buffer at 4 passes of 2,048 rows, which they fill
+    parser.add_argument("--tokens", default="24576")
     parser.add_argument(
         "--steady", default="5k,20k,80k", help="tokens of the runs of the small configuration"
     )

@@ -20,6 +20,8 @@ from train.schedule import l0_aim, lr_factor
 # pre-activations looked at to place the first thresholds: a quantile of so many is known to a few parts in a
 # thousand
 _SAMPLE = 2**24
+# values searched at once: a search takes several times their memory
+_SEARCHED = 2**20
 
 
 class NonFiniteError(RuntimeError):
@@ -133,7 +135,7 @@ class SiteTrainer:
         sample = centred[: max(64, _SAMPLE // self.config.width)]
         pre = sample @ self.weights.W_enc_t.T
         firing = min(pre.numel(), max(1, round(self.config.l0_start * self.config.l0 * len(sample))))
-        self.weights.threshold.fill_(pre.flatten().topk(firing).values[-1].clamp(min=0))
+        self.weights.threshold.fill_(_nth_largest(pre.flatten(), firing).clamp(min=0))
         return self.config.bandwidth * float(pre.std())
 
 
@@ -189,6 +191,15 @@ def _first_directions(
         rows -= (rows @ strongest.T) @ strongest
         rows[: 2 * q] = torch.cat([strongest, -strongest])
     return F.normalize(rows, dim=1)
+
+
+def _nth_largest(values: Float[Tensor, " value"], n: int) -> Float[Tensor, ""]:
+    """The n-th largest of the values, with little memory beside theirs and that of n."""
+    largest = values.new_empty(0)
+    for part in values.split(_SEARCHED):
+        both = torch.cat([largest, part])
+        largest = both.topk(min(n, len(both)), sorted=False).values
+    return largest.min()
 
 
 def _site_seed(seed: int, site: str) -> int:
