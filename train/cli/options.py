@@ -154,7 +154,7 @@ class DemoOptions:
     """Rows in a training step."""
     context: Count = 256
     """Tokens in a block, BOS included."""
-    buffer: Count = 65_536
+    buffer: Count = 49_152
     """Rows of the shuffle buffer: batches are drawn from so many rows at once."""
     memory: Size = 4 * 2**30
     """Memory that training may take, the model included. A run that needs more is refused."""

@@ -117,7 +117,7 @@ def print_plan(plan: Plan) -> None:
     say(f"{rates} ({_many(len(plan.sites), 'site', 'sites')}), {plan.basis}")
     if plan.host_memory:
         say(f"beside the GPU's memory: {format_size(plan.host_memory)} of the machine's")
-    if plan.loading > plan.memory_total:
+    if plan.loading > (plan.host_memory or plan.memory_total):
         note(f"loading the model took {format_size(plan.loading)} at its peak, more than what is to come")
 
 
