@@ -154,9 +154,10 @@ class DemoOptions:
     """Rows in a training step."""
     context: Count = 256
     """Tokens in a block, BOS included."""
-    buffer: Count = 49_152
+    # all of them: with half as many, three quarters of layer 0's latents end up silent on held-out text
+    buffer: Count = 98_304
     """Rows of the shuffle buffer: batches are drawn from so many rows at once."""
-    memory: Size = 4 * 2**30
+    memory: Size = 6 * 2**30
     """Memory that training may take, the model included. A run that needs more is refused."""
     seed: int = 0
     """Decides the documents' order, the batches and the first weights."""
@@ -164,9 +165,9 @@ class DemoOptions:
     """The model's dtype. auto: bfloat16 where the hardware has it."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    held_out_tokens: Count = 32_768
+    held_out_tokens: Count = 24_576
     """Held-out tokens for L0, FVU, dead latents and the feature index."""
-    loss_tokens: Count = 2_048
+    loss_tokens: Count = 1_536
     """Tokens, of these, for the loss with each dictionary in the model."""
     out: str = ""
     """Run folder to create. Empty: runs/demo, which is opened again once it is finished."""
