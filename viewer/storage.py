@@ -35,7 +35,7 @@ def write_site(
     folder: Path,
     accumulator: SiteAccumulator,
     *,
-    threshold: np.ndarray,
+    threshold: np.ndarray | None,
     logit_tokens: np.ndarray | None,
     logits: np.ndarray | None,
     token_strings: Callable[[Sequence[int]], Sequence[str]],
@@ -115,7 +115,10 @@ def _checksum(path: Path, modified: int) -> str:
 
 
 def _latents_table(
-    found: SiteAccumulator, threshold: np.ndarray, logit_tokens: np.ndarray | None, logits: np.ndarray | None
+    found: SiteAccumulator,
+    threshold: np.ndarray | None,
+    logit_tokens: np.ndarray | None,
+    logits: np.ndarray | None,
 ) -> pa.Table:
     first, lengths, counts = _trimmed(found.histogram)
     columns = {
@@ -124,7 +127,9 @@ def _latents_table(
         "density": pa.array(found.firings / found.tokens_seen),
         "mean": pa.array((found.total / np.maximum(found.firings, 1)).astype(np.float32)),
         "max": pa.array(found.maximum),
-        "threshold": pa.array(threshold.astype(np.float32)),
+        "threshold": pa.nulls(found.d_sae, pa.float32())
+        if threshold is None
+        else pa.array(threshold.astype(np.float32)),
         "histogram_first": pa.array(first),
         "histogram": _lists(lengths, counts),
     }
