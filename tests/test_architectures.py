@@ -2,15 +2,19 @@
 index.
 """
 
+import re
+
 import pytest
 import torch
 from dictionaries import config_of, dictionary_of, tensors_of
 from test_evals import make_blocks
+from viewer_fakes import SITES, FakeModel, fake_blocks, fake_run
 
 import sae
 from sae.dictionary import ARCHITECTURES
 from sae.errors import UserError
 from sae.sparse import SparseEncoder
+from train.cli.main import main
 from train.evals import evaluate
 from viewer.features import open as open_run
 from viewer.index import build_index
@@ -130,6 +134,15 @@ def test_lists_give_what_the_dense_dictionary_gives(architecture, skip):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_info_describes_every_architecture(architecture, tmp_path, capsys):
+    sae.save(dictionary_of(architecture), tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert re.search(rf"architecture +{architecture}\b", told)
+    assert bool(re.search(r"thresholds +none", told)) == (architecture in ("topk", "gated"))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_can_be_evaluated(architecture, tiny_model):
     """Also as a transcoder with a skip; the numbers are those of the plain formulas."""
     blocks = make_blocks(n=4, per_batch=2)
@@ -147,8 +160,6 @@ def test_every_architecture_can_be_evaluated(architecture, tiny_model):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_can_be_indexed_and_browsed(architecture, tmp_path):
-    from viewer_fakes import SITES, FakeModel, fake_blocks, fake_run
-
     run = fake_run(tmp_path / "run", index=False)
     dictionaries = {
         site: dictionary_of(architecture, d_in=16, d_sae=24, site_in=site, model="fake") for site in SITES

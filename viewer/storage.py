@@ -1,13 +1,13 @@
 """The feature index on disk: a folder a site, Parquet that anyone can query, a manifest that vouches for it.
 
 latents.parquet, a row a latent in order: latent, firings, density (firings over tokens), mean and max (over
-firings; 0 for a silent latent), threshold, histogram_first and histogram (counts of consecutive bins from
-that one; edges in `accumulate.histogram_edges`), top_tokens, top_logits, bottom_tokens, bottom_logits (ten
-each, most extreme first; empty where the site does not write to the residual stream). examples.parquet,
-sorted by latent and rank: latent, rank, document, position (of the peak in its document), token,
-activation, peak (index of the peak in the lists), tokens and values (the window around it, within one
-document). tokens.parquet: id and text of every token named in the other two, so that browsing needs no
-model.
+firings; 0 for a silent latent), threshold (null where the architecture has none), histogram_first and
+histogram (counts of consecutive bins from that one; edges in `accumulate.histogram_edges`), top_tokens,
+top_logits, bottom_tokens, bottom_logits (ten each, most extreme first; empty where the site does not write
+to the residual stream). examples.parquet, sorted by latent and rank: latent, rank, document, position (of
+the peak in its document), token, activation, peak (index of the peak in the lists), tokens and values (the
+window around it, within one document). tokens.parquet: id and text of every token named in the other two,
+so that browsing needs no model.
 """
 
 import functools
