@@ -126,7 +126,7 @@ class Dictionary(nn.Module, ABC):
 
     def skip(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"] | float:
         """What the skip adds to the output, in the dictionary's dtype; 0 where there is none."""
-        return x.to(self.W_enc.dtype) @ self.get_parameter("W_skip") if self.cfg.skip else 0.0
+        return x.to(self.W_enc) @ self.get_parameter("W_skip") if self.cfg.skip else 0.0
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Reconstructs activations, in their own dtype."""

@@ -71,7 +71,6 @@ class SparseEncoder:
 
     def decode(self, latents: SparseLatents, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_out"]:
         """The reconstruction of rows that were encoded, in the dictionary's dtype. A skip reads the rows."""
-        x = x.to(self.dictionary.W_enc.device)
         return self._decode(latents) + self.dictionary.skip(x)
 
     def _decode(self, latents: SparseLatents) -> Float[Tensor, "row d_out"]:
@@ -107,7 +106,7 @@ class _Screened:
         cfg = dictionary.cfg
         W_enc_t = dictionary.W_enc.detach().T.contiguous()
         centre, b_enc = torch.zeros(cfg.d_in), dictionary.b_enc.detach()
-        if cfg.site_in == cfg.site_out:
+        if not cfg.transcoder:
             # a mean that all rows share would widen the product's error, and all pairs would pass the screen
             centre = dictionary.b_dec.detach().clone()
             b_enc = (b_enc.double() + W_enc_t.double() @ centre.double()).float()

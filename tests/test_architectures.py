@@ -122,9 +122,9 @@ def test_configs_that_make_no_sense(architecture, fields, word):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("skip", [False, True])
-def test_lists_give_what_the_dense_dictionary_gives(architecture, skip):
-    made, x = dictionary_of(architecture, skip=skip), torch.randn(70, 12)
+@pytest.mark.parametrize("fields", [{}, {"skip": True}, {"d_out": 7}, {"site_out": "b"}])
+def test_lists_give_what_the_dense_dictionary_gives(architecture, fields):
+    made, x = dictionary_of(architecture, site_in="a", **fields), torch.randn(70, 12)
     encoder = SparseEncoder(made)
     latents = encoder.encode(x)
     found = torch.zeros(70, 40)
