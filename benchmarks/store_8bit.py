@@ -82,7 +82,7 @@ def rounding(exact: Store, rounded: Store) -> dict[str, float]:
     return {site: error / (exact.rows * exact.statistics[site].scale ** 2) for site, error in errors.items()}
 
 
-def train(arguments: argparse.Namespace, store: Path, out: Path, seed: int) -> dict[str, sae.JumpReLU]:
+def train(arguments: argparse.Namespace, store: Path, out: Path, seed: int) -> dict[str, sae.Dictionary]:
     config = TrainConfig(
         store=str(store),
         model=arguments.model,
@@ -101,7 +101,7 @@ def train(arguments: argparse.Namespace, store: Path, out: Path, seed: int) -> d
 
 
 @torch.no_grad()
-def measure(dictionary: sae.JumpReLU, store: Store, site: str) -> tuple[float, float]:
+def measure(dictionary: sae.Dictionary, store: Store, site: str) -> tuple[float, float]:
     """FVU and L0 of a dictionary over all rows of a store."""
     residual = active = 0.0
     for batch in store.iter_rows([site]):

@@ -1,27 +1,43 @@
 """Dictionaries on disk, in the layout of SAELens 6: cfg.json beside sae_weights.safetensors."""
 
+import dataclasses
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from torch import Tensor
+
+from sae.architectures import build
+from sae.dictionary import Dictionary, DictionaryConfig
 from sae.errors import UserError
 from sae.files import load_tensors, make_folder, read_json, save_tensors, write_json
-from sae.jumprelu import DictionaryConfig, JumpReLU, parameter_shapes
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_AGAIN = "save the dictionary again, or take another copy"
 # Readers of this layout take a folder without a version, or below 6, for the older layout.
 _LAYOUT_VERSION = "6.0.0"
+# SAELens's names: of an SAE, a transcoder, a transcoder with a skip. It uses a batchtopk dictionary as a
+# jumprelu one, and refuses the names that it does not know: "topk_transcoder" and the like.
+_NAMES = {
+    "jumprelu": ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
+    "batchtopk": ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder"),
+    "relu": ("standard", "transcoder", "skip_transcoder"),
+    "topk": ("topk", "topk_transcoder", "topk_skip_transcoder"),
+    "gated": ("gated", "gated_transcoder", "gated_skip_transcoder"),
+}
 
 
-def save(dictionary: JumpReLU, path: Path | str) -> None:
+def save(dictionary: Dictionary, path: Path | str) -> None:
     """Writes a dictionary's folder: each file whole or absent, the config last."""
     folder = make_folder(path)
-    save_tensors(folder / WEIGHTS, dictionary.state_dict(), {"format": "jumpscope"})
+    save_tensors(folder / WEIGHTS, _turned(dictionary.state_dict()), {"format": "jumpscope"})
     write_json(folder / CONFIG, _to_saelens(dictionary))
 
 
-def load(path: Path | str, *, device: str = "cpu") -> JumpReLU:
-    """Reads a folder that `save` or SAELens wrote. Raises UserError when files are missing, torn or do not
-    fit each other.
+def load(path: Path | str, *, device: str = "cpu") -> Dictionary:
+    """Reads a folder that `save` or SAELens wrote. On a CPU the weights are the file itself, mapped into
+    memory: what is not used takes none. Raises UserError when files are missing, torn or do not fit each
+    other, and when a value is not finite.
     """
     folder = Path(path)
     if not (folder / CONFIG).is_file():
@@ -30,26 +46,20 @@ def load(path: Path | str, *, device: str = "cpu") -> JumpReLU:
             f"no {CONFIG} in {folder}",
             "give the folder of one site, such as runs/NAME/sites/SITE",
         )
-    cfg = _from_saelens(read_json(folder / CONFIG), folder)
+    cfg = _read_config(folder / CONFIG)
     tensors = load_tensors(folder / WEIGHTS, device)
-    for name, shape in parameter_shapes(cfg).items():
-        found = tuple(tensors[name].shape) if name in tensors else None
-        if found != shape:
-            raise UserError(
-                f"{name} in {folder / WEIGHTS} must have shape {shape}",
-                f"{found}",
-                "the config and the weights do not belong together; save the dictionary again",
-            )
-    dictionary = JumpReLU(cfg, dtype=tensors["W_enc"].dtype, device=device)
-    dictionary.load_state_dict({name: tensors[name] for name in parameter_shapes(cfg)})
-    return dictionary.requires_grad_(False)
+    return build(cfg, _turned(tensors), source=str(folder / WEIGHTS))
 
 
-def _to_saelens(dictionary: JumpReLU) -> dict[str, Any]:
+def _turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SAELens keeps `W_skip` as [d_out, d_in]; both ways."""
+    return {name: tensor.T if name == "W_skip" else tensor for name, tensor in tensors.items()}
+
+
+def _to_saelens(dictionary: Dictionary) -> dict[str, Any]:
     cfg = dictionary.cfg
-    transcoder = cfg.site_in != cfg.site_out
     values: dict[str, Any] = {
-        "architecture": "jumprelu_transcoder" if transcoder else "jumprelu",
+        "architecture": _NAMES[cfg.architecture][cfg.transcoder + cfg.skip],
         "d_in": cfg.d_in,
         "d_sae": cfg.d_sae,
         "dtype": str(dictionary.W_enc.dtype).removeprefix("torch."),
@@ -70,7 +80,9 @@ def _to_saelens(dictionary: JumpReLU) -> dict[str, Any]:
             "jumpscope": cfg.to_dict(),
         },
     }
-    if transcoder:
+    if cfg.architecture == "topk":
+        values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
+    if cfg.transcoder:
         values["d_out"] = cfg.d_out
         values["metadata"]["hook_name_out"] = cfg.site_out
     elif cfg.site_in.endswith("hook_z"):
@@ -78,30 +90,59 @@ def _to_saelens(dictionary: JumpReLU) -> dict[str, Any]:
     return values
 
 
-def _from_saelens(values: dict[str, Any], folder: Path) -> DictionaryConfig:
-    metadata = values.get("metadata") or {}
-    if "jumpscope" in metadata:
-        return DictionaryConfig.from_dict(metadata["jumpscope"])
+def _read_config(path: Path) -> DictionaryConfig:
+    values = read_json(path)
+    metadata = (values.get("metadata") or {}) if isinstance(values, dict) else None
+    if not isinstance(values, dict) or not isinstance(metadata, dict):
+        raise UserError(f"{path} must hold a config and its metadata", f"{values!r:.60}", _AGAIN)
+    own = metadata["jumpscope"] if "jumpscope" in metadata else _from_saelens(values, metadata, path)
+    if not isinstance(own, dict):
+        raise UserError(f"{path} must hold a config", f"{own!r:.60}", _AGAIN)
+    for field in dataclasses.fields(DictionaryConfig):
+        kinds = (int, float, NoneType) if field.name == "l0_target" else (field.type,)
+        value = own.get(field.name, None if field.default is dataclasses.MISSING else field.default)
+        # not isinstance: true is no number here
+        if type(value) not in kinds:
+            raise UserError(
+                f"{field.name} in {path} must be {getattr(field.type, '__name__', field.type)}",
+                f"{value!r:.60}",
+                _AGAIN,
+            )
+    return DictionaryConfig.from_dict(own)
+
+
+def _from_saelens(values: dict[str, Any], metadata: dict[str, Any], path: Path) -> dict[str, Any]:
+    kinds = {
+        name: (ours, "skip" in name)
+        for ours, names in _NAMES.items()
+        if ours != "batchtopk"
+        for name in names
+    }
     must_be = {
-        "architecture": ("jumprelu", "jumprelu_transcoder"),
+        "architecture": tuple(kinds),
         "apply_b_dec_to_input": (False,),
         "normalize_activations": ("none",),
+        "rescale_acts_by_decoder_norm": (False, None),
     }
     for key, allowed in must_be.items():
         if values.get(key) not in allowed:
             raise UserError(
                 f"{key} must be {' or '.join(map(repr, allowed))} to be read here",
-                f"{values.get(key)!r} in {folder / CONFIG}",
+                f"{values.get(key)!r} in {path}",
                 "fold the dictionary with SAELens first",
             )
-    return DictionaryConfig(
-        d_in=values["d_in"],
-        d_sae=values["d_sae"],
-        d_out=values.get("d_out") or 0,
-        site_in=metadata.get("hook_name") or "",
-        site_out=metadata.get("hook_name_out") or "",
-        model=metadata.get("model_name") or "",
-        corpus=metadata.get("dataset_path") or "",
-        context=metadata.get("context_size") or 0,
-        prepend_bos=bool(metadata.get("prepend_bos", True)),
-    )
+    architecture, skip = kinds[values["architecture"]]
+    return {
+        "architecture": architecture,
+        "skip": skip,
+        "k": values.get("k") or 0,
+        "d_in": values.get("d_in"),
+        "d_sae": values.get("d_sae"),
+        "d_out": values.get("d_out") or 0,
+        "site_in": metadata.get("hook_name") or "",
+        "site_out": metadata.get("hook_name_out") or "",
+        "model": metadata.get("model_name") or "",
+        "corpus": metadata.get("dataset_path") or "",
+        "context": metadata.get("context_size") or 0,
+        "prepend_bos": bool(metadata.get("prepend_bos", True)),
+    }

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sae.jumprelu import JumpReLU
+from sae.architectures import BatchTopK, JumpReLU
+from sae.dictionary import Dictionary
 from sae.kernels.dispatch import product_dtype
 from sae.kernels.step import StepWeights
 
@@ -42,16 +43,17 @@ class SparseLatents:
 class SparseEncoder:
     """Encodes rows with one dictionary into lists of the latents that fire; the weights must not change.
 
-    It gives what `JumpReLU.encode` gives but for the rounding of its sums. On a CPU the training step's
-    screening product finds the pairs and each is then computed by itself; elsewhere, and for dictionaries
-    that are not in fp32, the dense output is made, some rows at a time.
+    It gives what the dictionary's `encode` gives but for the rounding of its sums. Where each latent has a
+    threshold of its own, on a CPU and in fp32, the training step's screening product finds the pairs and each
+    is then computed by itself; elsewhere the dense output is made, some rows at a time.
     """
 
-    def __init__(self, dictionary: JumpReLU) -> None:
+    def __init__(self, dictionary: Dictionary) -> None:
         self.dictionary = dictionary
         weight = dictionary.W_enc
-        screened = weight.device.type == "cpu" and weight.dtype == torch.float32
-        self._screened = _Screened(dictionary) if screened else None
+        fits = weight.device.type == "cpu" and weight.dtype == torch.float32
+        has_thresholds = isinstance(dictionary, JumpReLU | BatchTopK)
+        self._screened = _Screened(dictionary) if fits and has_thresholds else None
 
     def encode(self, x: Float[Tensor, "row d_in"]) -> SparseLatents:
         """The latents that fire on rows of raw activations. NaN or infinity in a row gives no promise."""
@@ -67,8 +69,11 @@ class SparseEncoder:
             torch.cat([part.activation for part in parts]),
         )
 
-    def decode(self, latents: SparseLatents) -> Float[Tensor, "row d_out"]:
-        """The reconstruction of encoded rows, in the dictionary's dtype."""
+    def decode(self, latents: SparseLatents, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_out"]:
+        """The reconstruction of rows that were encoded, in the dictionary's dtype. A skip reads the rows."""
+        return self._decode(latents) + self.dictionary.skip(x)
+
+    def _decode(self, latents: SparseLatents) -> Float[Tensor, "row d_out"]:
         dictionary = self.dictionary
         n, d_sae = len(latents), dictionary.cfg.d_sae
         if len(latents.latent) * _DENSE_DECODE > n * d_sae:
@@ -94,14 +99,14 @@ class SparseEncoder:
 class _Screened:
     """The way of the training step on a CPU (sae/kernels/cpu.py)."""
 
-    def __init__(self, dictionary: JumpReLU) -> None:
+    def __init__(self, dictionary: JumpReLU | BatchTopK) -> None:
         from sae.kernels.cpu_forward import Buffers, Screens  # late: numba takes a second to import
         from sae.kernels.workers import workers_for
 
         cfg = dictionary.cfg
         W_enc_t = dictionary.W_enc.detach().T.contiguous()
         centre, b_enc = torch.zeros(cfg.d_in), dictionary.b_enc.detach()
-        if cfg.site_in == cfg.site_out:
+        if not cfg.transcoder:
             # a mean that all rows share would widen the product's error, and all pairs would pass the screen
             centre = dictionary.b_dec.detach().clone()
             b_enc = (b_enc.double() + W_enc_t.double() @ centre.double()).float()

@@ -73,7 +73,7 @@ def test_decoding_lists_gives_the_dense_reconstruction(threshold):
     encoder, x = SparseEncoder(dictionary), rows_of(50, 32, torch.bfloat16)
     latents = encoder.encode(x)
     torch.testing.assert_close(
-        encoder.decode(latents), dictionary.decode(dense(latents, 300)), rtol=1e-5, atol=1e-4
+        encoder.decode(latents, x), dictionary.decode(dense(latents, 300)), rtol=1e-5, atol=1e-4
     )
 
 

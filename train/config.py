@@ -29,6 +29,9 @@ Count = Annotated[int, _number(parse_count, "N")]
 Width = Annotated[int, _number(parse_width, "N")]
 Size = Annotated[int, _number(parse_size, "SIZE")]
 
+TrainedArchitecture = Literal["jumprelu", "topk", "batchtopk"]
+"""The kinds of gate that can be trained."""
+
 _ABOVE_ZERO = (
     "width",
     "l0",
@@ -51,7 +54,7 @@ _ABOVE_ZERO = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config):
-    """Train one JumpReLU dictionary for each site of a language model, all from the same forward passes."""
+    """Train one dictionary for each site of a language model, all from the same forward passes."""
 
     model: str = "gemma-3-270m"
     """Language model: a name of `jumpscope models`, a hub id, a transformers folder or a .gguf file."""
@@ -65,8 +68,14 @@ class TrainConfig(Config):
     """Layers: all, 9, 3-8 (both ends), ::2, or several with commas."""
     width: Width = 4096
     """Latents in each dictionary; 16k means 16,384."""
+    architecture: TrainedArchitecture = "jumprelu"
+    """Gate: jumprelu (a threshold for each latent, learned), topk (the `l0` largest on each token), batchtopk
+    (`l0` a token of the largest in a batch; then a threshold for all).
+    """
     l0: float = 50.0
-    """Target L0: latents firing on a token, on average. The main knob."""
+    """Target L0: latents firing on a token, on average. The main knob. A whole number for topk and
+    batchtopk.
+    """
     tokens: Count = 250_000
     """Tokens to harvest; each trains every dictionary `passes` times."""
     passes: Count = 4
@@ -84,7 +93,7 @@ class TrainConfig(Config):
     lr: float = 2e-3
     """Adam's learning rate for weights and biases, at its height."""
     threshold_lr: float = 1e-3
-    """The same for the thresholds."""
+    """The same for jumprelu's thresholds."""
     warmup: float = 0.04
     """Share of the steps over which the learning rate rises from zero."""
     decay: float = 0.2
@@ -169,6 +178,12 @@ class TrainConfig(Config):
                 f"--l0 {self.l0:g} with --width {self.width}",
                 "lower --l0 or raise --width",
             )
+        if self.architecture != "jumprelu" and self.l0 != int(self.l0):
+            raise UserError(
+                f"--l0 must be a whole number with --architecture {self.architecture}",
+                f"--l0 {self.l0:g}",
+                f"give --l0 {max(1, round(self.l0))}, or --architecture jumprelu",
+            )
         if self.tokens < self.batch:
             raise UserError(
                 "--tokens must fill at least one batch",
@@ -192,6 +207,11 @@ class TrainConfig(Config):
     def steps(self) -> int:
         """Training steps, if the corpus holds `tokens` tokens."""
         return self.tokens * self.passes // self.batch
+
+    @property
+    def k(self) -> int:
+        """Active latents a row in a step; 0 where thresholds decide."""
+        return 0 if self.architecture == "jumprelu" else int(self.l0)
 
 
 def _flag(name: str) -> str:

@@ -14,8 +14,8 @@ from activations.blocks import TokenBlocks
 from activations.losses import loss_vocabulary, next_token_losses
 from activations.models import LanguageModel
 from activations.splice import CleanRun, clean_run, spliced_final
+from sae.dictionary import Dictionary
 from sae.errors import UserError
-from sae.jumprelu import JumpReLU
 from sae.sparse import SparseEncoder, SparseLatents
 
 Progress = Callable[[str, int, int], None]
@@ -32,7 +32,7 @@ _LOSSES = "loss with each dictionary in the model"
 @torch.inference_mode()
 def evaluate(
     model: LanguageModel,
-    dictionaries: Mapping[str, JumpReLU],
+    dictionaries: Mapping[str, Dictionary],
     blocks: Iterable[TokenBlocks],
     *,
     tokens: int = 16_384,
@@ -115,7 +115,7 @@ class _RowStatistics:
         if self.origin is None:
             self.origin = x_out.double().mean(0)
         self.fired += torch.bincount(latents.latent, minlength=self.cfg.d_sae)
-        error = (self.encoder.decode(latents) - x_out).double().square().sum(1)
+        error = (self.encoder.decode(latents, x_in) - x_out).double().square().sum(1)
         centred = x_out.double() - self.origin
         self.n += len(x_in)
         self.sum += centred.sum(0)
@@ -255,7 +255,7 @@ def _replacements(
     """What is put in at the site: the reconstruction, then mean and zero when baselines are wanted."""
     stream = run.acts[encoder.dictionary.cfg.site_in]
     rows = rearrange(stream, "block pos d_in -> (block pos) d_in")
-    flat = encoder.decode(encoder.encode(rows)).to(stream.dtype)
+    flat = encoder.decode(encoder.encode(rows), rows).to(stream.dtype)
     reconstruction = rearrange(flat, "(block pos) d_out -> block pos d_out", pos=stream.shape[1])
     yield reconstruction
     if with_baselines:
@@ -287,7 +287,7 @@ def _no_text(found: str) -> UserError:
     return UserError(must, found, "Choose a larger corpus or a longer context")
 
 
-def _sites_read(dictionaries: Mapping[str, JumpReLU]) -> tuple[str, ...]:
+def _sites_read(dictionaries: Mapping[str, Dictionary]) -> tuple[str, ...]:
     return tuple(
         dict.fromkeys(site for d in dictionaries.values() for site in (d.cfg.site_in, d.cfg.site_out))
     )

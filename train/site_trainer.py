@@ -12,7 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from activations.ring import RowStatistics
-from sae.jumprelu import DictionaryConfig, JumpReLU
+from sae.architectures import build
+from sae.dictionary import Dictionary, DictionaryConfig, parameter_shapes
 from sae.kernels.dispatch import StepKernel, product_dtype
 from sae.kernels.step import TRAINED, Job, Moments, StepFigures, StepSettings, StepState, StepWeights
 from sae.losses import Sparsity
@@ -24,6 +25,9 @@ from train.schedule import l0_aim, lr_factor
 _SAMPLE = 2**24
 # values searched at once: a search takes several times their memory
 _SEARCHED = 2**20
+# share of the way to a batch's least activation kept that batchtopk's threshold goes in a step: a mean over
+# some ten batches, which all but agree. A longer one lags behind the weights in a run of a few hundred steps.
+_FOLLOW = 0.1
 
 
 class NonFiniteError(RuntimeError):
@@ -144,18 +148,19 @@ class SiteTrainer:
     def metrics(self) -> dict[str, float]:
         """Means since `forget`, and the share of latents dead now. Raises as `step` does."""
         self._check_finite()
-        return {
-            **self._window.means(),
-            "dead": float((self.state.silent_for >= self.config.dead_after).float().mean()),
-            "threshold": float(self.weights.threshold.mean() * self.scale),
-        }
+        dead = float((self.state.silent_for >= self.config.dead_after).float().mean())
+        threshold = float(self.weights.threshold.mean() * self.scale)
+        # topk has none
+        thresholds = {} if self.config.architecture == "topk" else {"threshold": threshold}
+        return {**self._window.means(), "dead": dead, **thresholds}
 
     def forget(self) -> None:
         """Lets the next `metrics` count from here."""
         self._window.clear()
 
-    def dictionary(self, cfg: DictionaryConfig) -> JumpReLU:
-        """The dictionary as it stands, for raw activations: scale and input bias folded in.
+    def dictionary(self, cfg: DictionaryConfig) -> Dictionary:
+        """The dictionary as it stands, for raw activations: scale and input bias folded in. `cfg` has the
+        architecture and k of the training.
 
         b_enc' = C b_enc - C b_in W_enc     b_dec' = C b_dec     threshold' = C threshold     W unchanged
         """
@@ -167,9 +172,11 @@ class SiteTrainer:
             "b_dec": self.scale * w.b_dec,
             "threshold": self.scale * w.threshold,
         }
-        dictionary = JumpReLU(cfg)
-        dictionary.load_state_dict({name: tensor.detach().cpu() for name, tensor in folded.items()})
-        return dictionary.requires_grad_(False)
+        own = {
+            name: folded[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name in parameter_shapes(cfg)
+        }
+        return build(cfg, own)
 
     def settings(self, share: float) -> StepSettings:
         """What a step aims at when `share` of the run is done."""
@@ -180,10 +187,12 @@ class SiteTrainer:
             l0_wanted=l0_aim(config, share),
             l0_gain=config.l0_gain,
             lr=config.lr * factor,
-            threshold_lr=config.threshold_lr * factor,
+            threshold_lr=_FOLLOW if config.architecture == "batchtopk" else config.threshold_lr * factor,
             beta1=config.beta1,
             beta2=config.beta2,
             pull_after=config.pull_after,
+            support=config.architecture,
+            k=config.k,
             product_dtype=self.product_dtype,
         )
 

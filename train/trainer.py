@@ -18,9 +18,9 @@ from activations.models import LanguageModel
 from activations.positions import RingPosition
 from activations.precision import pick_device
 from activations.ring import RingBatch
+from sae.dictionary import DictionaryConfig
 from sae.errors import UserError
 from sae.files import make_folder
-from sae.jumprelu import DictionaryConfig
 from sae.kernels.dispatch import choose_kernel, make_kernel, product_dtype
 from train.checkpoints import (
     Checkpoint,
@@ -185,6 +185,8 @@ class _Training:
             cfg = DictionaryConfig(
                 d_in=self.rows.ring.widths[site],
                 d_sae=self.config.width,
+                architecture=self.config.architecture,
+                k=self.config.k,
                 site_in=site,
                 model=self.rows.model,
                 corpus=self.config.corpus,

@@ -168,7 +168,8 @@ class Feature:
         self.mean: float = self._row["mean"]
         """Mean activation over its firings, in the model's own units; 0 when it never fired."""
         self.max: float = self._row["max"]
-        self.threshold: float = self._row["threshold"]
+        self.threshold: float | None = self._row["threshold"]
+        """None where a pre-activation alone does not decide whether it fires."""
 
     def examples(self) -> pd.DataFrame:
         """Its best documents, best first: document, position, token, activation, peak, tokens and values.
@@ -202,12 +203,13 @@ class Feature:
     def facts(self) -> list[tuple[str, str]]:
         """Its numbers as (name, value) pairs for people."""
         often = f"fires on 1 token in {1 / self.density:,.0f}" if self.density else "never fires"
+        fixed = [] if self.threshold is None else [("threshold", markup.number(self.threshold))]
         return [
             (often, markup.percent(self.density)),
             ("firings", f"{self.firings:,}"),
             ("highest", markup.number(self.max)),
             ("mean when firing", markup.number(self.mean)),
-            ("threshold", markup.number(self.threshold)),
+            *fixed,
         ]
 
     def __repr__(self) -> str:

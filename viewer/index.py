@@ -12,7 +12,7 @@ from torch import Tensor
 
 from activations.blocks import TokenBlocks
 from activations.int8 import HasUnembedding, Int8Vocabulary
-from sae import JumpReLU, UserError
+from sae import Dictionary, UserError
 from sae.sparse import SparseEncoder, SparseLatents
 from viewer.accumulate import BINS_PER_OCTAVE, Chunk, SiteAccumulator, histogram_edges
 from viewer.lens import search_vocabulary, top_logits
@@ -40,7 +40,7 @@ class IndexModel(HasUnembedding, Protocol):
 @torch.inference_mode()
 def build_index(
     model: IndexModel,
-    dictionaries: Mapping[str, JumpReLU],
+    dictionaries: Mapping[str, Dictionary],
     blocks: Iterable[TokenBlocks],
     out: Callable[[str], Path],
     *,
@@ -90,7 +90,7 @@ class IndexBuilder:
     def __init__(
         self,
         model: IndexModel,
-        dictionaries: Mapping[str, JumpReLU],
+        dictionaries: Mapping[str, Dictionary],
         *,
         examples: int = 20,
         context_tokens: int = 24,
@@ -147,7 +147,7 @@ class IndexBuilder:
         return folders
 
 
-def _check_fits(dictionary: JumpReLU, x: Tensor) -> None:
+def _check_fits(dictionary: Dictionary, x: Tensor) -> None:
     cfg = dictionary.cfg
     if x.shape[-1] != cfg.d_in:
         raise UserError(
@@ -159,14 +159,14 @@ def _check_fits(dictionary: JumpReLU, x: Tensor) -> None:
 
 def _finish(
     model: IndexModel,
-    dictionary: JumpReLU,
+    dictionary: Dictionary,
     site: str,
     folder: Path,
     found: SiteAccumulator,
     corpus: str,
     vocabulary: Int8Vocabulary | None,
 ) -> None:
-    cfg = dictionary.cfg
+    cfg, threshold = dictionary.cfg, dictionary.firing_threshold
     site_out = cfg.site_out or site
     speaks = site_out.endswith(_RESIDUAL_KINDS) and cfg.d_out == model.W_U.shape[0]
     tokens, logits = None, None
@@ -194,7 +194,7 @@ def _finish(
     write_site(
         folder,
         found,
-        threshold=dictionary.threshold.detach().float().cpu().numpy(),
+        threshold=None if threshold is None else threshold.detach().float().cpu().numpy(),
         logit_tokens=None if tokens is None else tokens.numpy(),
         logits=None if logits is None else logits.numpy().astype(np.float32),
         token_strings=model.token_strings,

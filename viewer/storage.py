@@ -1,13 +1,13 @@
 """The feature index on disk: a folder a site, Parquet that anyone can query, a manifest that vouches for it.
 
 latents.parquet, a row a latent in order: latent, firings, density (firings over tokens), mean and max (over
-firings; 0 for a silent latent), threshold, histogram_first and histogram (counts of consecutive bins from
-that one; edges in `accumulate.histogram_edges`), top_tokens, top_logits, bottom_tokens, bottom_logits (ten
-each, most extreme first; empty where the site does not write to the residual stream). examples.parquet,
-sorted by latent and rank: latent, rank, document, position (of the peak in its document), token,
-activation, peak (index of the peak in the lists), tokens and values (the window around it, within one
-document). tokens.parquet: id and text of every token named in the other two, so that browsing needs no
-model.
+firings; 0 for a silent latent), threshold (null where the architecture has none), histogram_first and
+histogram (counts of consecutive bins from that one; edges in `accumulate.histogram_edges`), top_tokens,
+top_logits, bottom_tokens, bottom_logits (ten each, most extreme first; empty where the site does not write
+to the residual stream). examples.parquet, sorted by latent and rank: latent, rank, document, position (of
+the peak in its document), token, activation, peak (index of the peak in the lists), tokens and values (the
+window around it, within one document). tokens.parquet: id and text of every token named in the other two,
+so that browsing needs no model.
 """
 
 import functools
@@ -35,7 +35,7 @@ def write_site(
     folder: Path,
     accumulator: SiteAccumulator,
     *,
-    threshold: np.ndarray,
+    threshold: np.ndarray | None,
     logit_tokens: np.ndarray | None,
     logits: np.ndarray | None,
     token_strings: Callable[[Sequence[int]], Sequence[str]],
@@ -115,7 +115,10 @@ def _checksum(path: Path, modified: int) -> str:
 
 
 def _latents_table(
-    found: SiteAccumulator, threshold: np.ndarray, logit_tokens: np.ndarray | None, logits: np.ndarray | None
+    found: SiteAccumulator,
+    threshold: np.ndarray | None,
+    logit_tokens: np.ndarray | None,
+    logits: np.ndarray | None,
 ) -> pa.Table:
     first, lengths, counts = _trimmed(found.histogram)
     columns = {
@@ -124,7 +127,9 @@ def _latents_table(
         "density": pa.array(found.firings / found.tokens_seen),
         "mean": pa.array((found.total / np.maximum(found.firings, 1)).astype(np.float32)),
         "max": pa.array(found.maximum),
-        "threshold": pa.array(threshold.astype(np.float32)),
+        "threshold": pa.nulls(found.d_sae, pa.float32())
+        if threshold is None
+        else pa.array(threshold.astype(np.float32)),
         "histogram_first": pa.array(first),
         "histogram": _lists(lengths, counts),
     }

@@ -1,3 +1,3 @@
-"""One training step of a JumpReLU dictionary, in more than one way: `reference` defines it, the others must
+"""One training step of a dictionary, in more than one way: `reference` defines it, the others must
 equal it.
 """

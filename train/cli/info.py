@@ -20,6 +20,8 @@ from train.cli.tables import eval_caption, eval_summary, training_summary
 from train.run_folder import RUN, RunFolder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from activations.store import Store
 
 
@@ -120,17 +122,21 @@ def _dictionary(path: Path) -> None:
     import sae
 
     dictionary = sae.load(path)
-    norms, thresholds = dictionary.W_dec.norm(dim=1), dictionary.threshold
+    norms, thresholds = dictionary.W_dec.norm(dim=1), dictionary.firing_threshold
     _pairs(
         {
             "dictionary": str(path),
             **dictionary.cfg.to_dict(),
             "dtype": str(dictionary.W_enc.dtype).removeprefix("torch."),
             "parameters": f"{sum(p.numel() for p in dictionary.parameters()):,}",
-            "decoder row norms": f"{float(norms.min()):.3g} to {float(norms.max()):.3g}",
-            "thresholds": f"{float(thresholds.min()):.3g} to {float(thresholds.max()):.3g}",
+            "decoder row norms": _range(norms),
+            "thresholds": "none" if thresholds is None else _range(thresholds),
         }
     )
+
+
+def _range(values: "Tensor") -> str:
+    return f"{float(values.min()):.3g} to {float(values.max()):.3g}"
 
 
 def _store(path: str, *, verify: bool) -> None:

@@ -104,7 +104,7 @@ def _help() -> str:
     return (
         "usage: jumpscope VERB [options]\n\n"
         "A microscope for every layer of a small open language model: harvest activations, train a\n"
-        "JumpReLU dictionary per layer, measure them, browse what their latents mean.\n\n"
+        "dictionary per layer, measure them, browse what their latents mean.\n\n"
         f"{verbs}\n\n"
         "Numbers take k, M and B (1M is a million), sizes take K, M and G (8G of memory).\n"
         "`jumpscope VERB --help` teaches each verb; `jumpscope --version` says which this is.\n"

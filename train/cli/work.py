@@ -18,7 +18,7 @@ from activations.shapes import model_shape
 from activations.sites import expand_sites, layer_of, parse_layers, site_label
 from activations.store import Store
 from activations.store_writer import StoreFacts, write_store
-from sae import JumpReLU, UserError
+from sae import Dictionary, UserError
 from train.cli import plan
 from train.cli.console import note
 from train.cli.options import EvalOptions, HarvestOptions, IndexOptions
@@ -39,7 +39,7 @@ class LoadedRun:
     folder: RunFolder
     config: TrainConfig
     model: LanguageModel
-    dictionaries: dict[str, JumpReLU]
+    dictionaries: dict[str, Dictionary]
 
     @property
     def widths(self) -> dict[str, int]:
