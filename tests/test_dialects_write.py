@@ -1,5 +1,5 @@
-"""Each dialect written and read again: identical bits where nothing is folded, latents to 1e-6 where something
-is, a refusal with its reason where the format has no words for it; the card; and the three verbs.
+"""Each dialect written and read again: identical bits where nothing is folded, latents to 1e-6 where
+something is, a refusal with its reason where the format has no words for it; the card; and the three verbs.
 """
 
 import json
