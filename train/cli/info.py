@@ -20,17 +20,23 @@ from train.cli.tables import eval_caption, eval_summary, training_summary
 from train.run_folder import RUN, RunFolder
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from activations.store import Store
+
+
+_LISTED = 40
+"""Folders that are no Gemma Scope's, and are named all the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InfoOptions:
-    """Say what something is: a run folder, a dictionary's folder, a store of activations, or this machine."""
+    """Say what something is: a run folder, a dictionary, a store of activations, or this machine.
+
+    A dictionary may be a folder or a file of any format that `jumpscope import` reads, or an id of the hub. A
+    repository of the hub is listed: its layers, widths and L0s.
+    """
 
     path: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="PATH")]] = ""
-    """The folder, or a store's URL. Without one: this machine, and what a run would use on it."""
+    """The folder, a store's URL, or an id. Without one: this machine, and what a run would use on it."""
     verify: bool = False
     """Read every byte of a store and name each shard that is missing or torn."""
 
@@ -46,6 +52,7 @@ def run(argv: list[str]) -> None:
             "info runs/gemma",
             "info runs/gemma/sites/blocks.9.hook_resid_post",
             "info stores/all --verify",
+            "info google/gemma-scope-2b-pt-res",
         ],
     )
     path = Path(options.path)
@@ -56,16 +63,12 @@ def run(argv: list[str]) -> None:
         _machine()
     elif (path / RUN).is_file():
         _run(RunFolder.open(path))
-    elif (path / "cfg.json").is_file():
-        _dictionary(path)
     elif is_store:
         _store(options.path, verify=options.verify)
+    elif not path.exists() and options.path.count("/") == 1 and ":" not in options.path:
+        _repository(options.path)
     else:
-        raise UserError(
-            "the path must be a run folder, a dictionary's folder or a store",
-            f"none of run.json, cfg.json and manifest.json in {path}",
-            "Check the path",
-        )
+        _dictionary(options.path)
 
 
 def _machine() -> None:
@@ -118,25 +121,62 @@ def _run(folder: RunFolder) -> None:
         say(f"Not evaluated yet: jumpscope eval {folder.path}")
 
 
-def _dictionary(path: Path) -> None:
-    import sae
+def _dictionary(path: str) -> None:
+    from sae import dialects
 
-    dictionary = sae.load(path)
-    norms, thresholds = dictionary.W_dec.norm(dim=1), dictionary.firing_threshold
+    parts = dialects.read(path)
+    tensors = parts.tensors
+    ranges = {"decoder row norms": tensors["W_dec"].norm(dim=1), "thresholds": tensors.get("threshold")}
     _pairs(
         {
-            "dictionary": str(path),
-            **dictionary.cfg.to_dict(),
-            "dtype": str(dictionary.W_enc.dtype).removeprefix("torch."),
-            "parameters": f"{sum(p.numel() for p in dictionary.parameters()):,}",
-            "decoder row norms": _range(norms),
-            "thresholds": "none" if thresholds is None else _range(thresholds),
+            "dictionary": path,
+            "format": parts.dialect,
+            **parts.cfg,
+            "dtype": str(tensors["W_enc"].dtype).removeprefix("torch."),
+            "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}",
+            **{
+                name: f"{float(values.min()):.3g} to {float(values.max()):.3g}"
+                for name, values in ranges.items()
+                if values is not None
+            },
         }
     )
+    for line in parts.notes:
+        note(line)
 
 
-def _range(values: "Tensor") -> str:
-    return f"{float(values.min()):.3g} to {float(values.max()):.3g}"
+def _repository(repo: str) -> None:
+    from sae.dialects import hub, ids
+
+    folders = hub.list_folders(repo)
+    known = {folder: found for folder in folders if (found := ids.parse_folder(folder))}
+    widths = sorted({found.width for found in known.values()}, key=_latents)
+    if known:
+        rows = table("layer", *widths, title=f"{repo}: L0s by layer and width")
+        places = sorted({(found.group, found.layer) for found in known.values()})
+        for group, layer in places:
+            here = [found for found in known.values() if (found.group, found.layer) == (group, layer)]
+            cells = (sorted((f.l0 for f in here if f.width == w), key=_by_size) for w in widths)
+            rows.add_row(f"{group} {layer}".strip(), *(", ".join(cell) or "-" for cell in cells))
+        stdout.print(rows)
+    others = [folder for folder in folders if folder not in known]
+    for folder in others[:_LISTED]:
+        say(f"{repo}/{folder}")
+    if len(others) > _LISTED:
+        note(f"and {len(others) - _LISTED:,} more")
+    if folders:
+        note(f"for instance: jumpscope import {repo}/{folders[0]} --out dictionaries/one")
+
+
+def _latents(width: str) -> int:
+    digits, unit = width.rstrip("kmKM"), width[-1:].lower()
+    return (int(digits) if digits.isdecimal() else 0) * {"k": 2**10, "m": 2**20}.get(unit, 1)
+
+
+def _by_size(l0: str) -> tuple[int, int, str]:
+    size = l0.partition("_")[0]
+    words = ("small", "medium", "big")
+    return int(l0) if l0.isdecimal() else 0, words.index(size) if size in words else len(words), l0
 
 
 def _store(path: str, *, verify: bool) -> None:

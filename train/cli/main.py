@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import importlib
 import importlib.metadata
+import keyword
 import os
 import signal
 import sys
@@ -37,7 +38,15 @@ VERBS: dict[str, tuple[str, str]] = {
     "eval": ("measure a run's dictionaries on held-out text", "eval runs/gemma"),
     "index": ("collect what makes each latent fire, for the viewer", "index runs/gemma"),
     "view": ("browse a run in the browser", "view runs/gemma"),
-    "info": ("what a run, a dictionary, a store or this machine is", "info runs/gemma"),
+    "import": (
+        "bring a dictionary from another library's format into ours",
+        "import google/gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71 --out dictionaries/gemma",
+    ),
+    "export": (
+        "write a dictionary in another library's format",
+        "export runs/gemma/sites/blocks.9.hook_resid_post --to sparsify --out for-them",
+    ),
+    "info": ("what a run, a dictionary (here or at the hub), a store or this machine is", "info runs/gemma"),
 }
 USAGE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 2, 130, 143, 141
 
@@ -92,7 +101,9 @@ def _dispatch(words: list[str]) -> int:
         hint = f"Did you mean {close[0]}? " if close else ""
         return _say(f"no verb {verb!r}. {hint}The verbs: {', '.join(VERBS)}.", USAGE)
     _quiet_libraries()
-    return importlib.import_module(f"train.cli.{verb}").run(rest) or 0
+    # a module may not be called as a keyword is
+    module = f"{verb}_" if keyword.iskeyword(verb) else verb
+    return importlib.import_module(f"train.cli.{module}").run(rest) or 0
 
 
 def _help() -> str:

@@ -194,6 +194,41 @@ def shared_values(source: Any, kind: type) -> dict[str, Any]:
     return {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name in names}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """Bring a dictionary from another library's format into ours, with everything folded in.
+
+    Read are SAELens (old and new), Gemma Scope 1 and 2, dictionary_learning, sparsify and our own. What
+    was folded or assumed is said. Nothing is unpickled but by torch's restricted reader.
+    """
+
+    source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="ID")]]
+    """A folder, a weights file, ORG/REPO/FOLDER of the hub, or RELEASE:ID as SAELens writes it."""
+    out: str
+    """The folder to write."""
+    site: str = ""
+    """Where it reads, in TransformerLens's names, when its files do not say or are wrong."""
+    site_out: str = ""
+    """Where it writes, for a transcoder. Empty: what its files say, or `--site`."""
+    model: str = ""
+    """The language model, when its files do not say or are wrong."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """Write a dictionary in another library's format, with a model card.
+
+    What the format cannot express is refused, never dropped.
+    """
+
+    source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DICT")]]
+    """The folder of a dictionary in any format that `jumpscope import` reads, or an id."""
+    to: Literal["saelens", "gemma-scope", "gemma-scope-2", "dictionary-learning", "sparsify"]
+    """The format."""
+    out: str
+    """The folder to write."""
+
+
 def _above_zero(options: Any, *names: str) -> None:
     for name in names:
         if getattr(options, name) < 1:

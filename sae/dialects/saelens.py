@@ -1,0 +1,250 @@
+"""SAELens: cfg.json beside sae_weights.safetensors, in the layout of version 6 and in the flat one before it.
+
+Our own folders are of the newer layout, with all of a dictionary's config under metadata.jumpscope.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sae.dialects.found import Found, Values
+from sae.dialects.parts import DEFAULTS, Parts, cannot, make_parts, shift_input, widened, wrong
+from sae.errors import UserError
+from sae.files import save_tensors, write_json
+
+NAME = "saelens"
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+_LAYOUT_VERSION = "6.0.0"
+_NEWEST_MAJOR = 6
+
+_GATES = {
+    "standard": "relu",
+    "jumprelu": "jumprelu",
+    "topk": "topk",
+    "batchtopk": "batchtopk",
+    "matryoshka_batchtopk": "batchtopk",
+    "gated": "gated",
+    "transcoder": "relu",
+    "skip_transcoder": "relu",
+    "jumprelu_transcoder": "jumprelu",
+    "jumprelu_skip_transcoder": "jumprelu",
+}
+_WHY_NOT_FOLDED = {
+    "layer_norm": "each row is divided by its own deviation, which no weights can do",
+    "constant_norm_rescale": "each row is divided by its own norm, which no weights can do",
+    "covariance_whitening": "the whitening's matrices are not in the folder",
+}
+
+
+def matches(found: Found) -> bool:
+    """Whether the arrays are named as SAELens names them."""
+    return found.kind == "safetensors" and {"W_enc", "W_dec"} <= set(found.tensors)
+
+
+def read(found: Found) -> Parts:
+    """The dictionary, with its input bias, scales and decoder norms folded in.
+
+    Raises UserError for a newer version, another architecture, and a normalisation that cannot be folded.
+    """
+    if found.config is None:
+        raise wrong(found.label, f"{CONFIG} must lie beside the weights", "none")
+    values = Values(found.config, f"{found.path.parent / CONFIG}")
+    about = values.part("metadata")
+    version = about.text("sae_lens_version") or values.text("sae_lens_version")
+    if (major := _major(version)) > _NEWEST_MAJOR:
+        raise UserError(
+            f"SAELens's layout must be of version {_NEWEST_MAJOR} at most",
+            f"{version} in {values.source}",
+            "update jumpscope, or save the dictionary with an older SAELens",
+        )
+    old = major < _NEWEST_MAJOR
+    activation = values.text("activation_fn", "activation_fn_str") or "relu"
+    is_topk = old and activation.lower() == "topk"
+    name = "topk" if is_topk else values.one_of("architecture", _GATES, "standard" if old else "")
+    if activation.lower() not in ("relu", "topk"):
+        raise wrong(values.source, "the activation must be relu or topk", repr(activation))
+    about = values if old else about
+    if about.number("hook_head_index", "hook_point_head_index") is not None:
+        raise wrong(values.source, "the hook must be read whole", "hook_head_index: one head of it")
+    k = values.whole("k") or values.part("activation_fn_kwargs").whole("k")
+    tensors, notes = _fold(dict(found.tensors), values, name, old=old, transcoder="transcoder" in name)
+    if _GATES[name] in ("jumprelu", "batchtopk"):
+        tensors["threshold"] = _threshold(tensors, values.source)
+    fields = {
+        "site_in": about.text("hook_name", "hook_point"),
+        "site_out": about.text("hook_name_out"),
+        "model": about.text("model_name"),
+        "corpus": about.text("dataset_path"),
+        "context": about.whole("context_size"),
+        "prepend_bos": about.flag("prepend_bos", True),
+        "k": k if _GATES[name] in ("topk", "batchtopk") else 0,
+    }
+    architecture = _GATES[name]
+    if "jumpscope" in about.values:
+        architecture, fields = _ours(about.part("jumpscope"), architecture)
+    return make_parts(
+        architecture,
+        tensors,
+        source=found.label,
+        dialect=NAME,
+        declared={size: values.whole(size) for size in ("d_in", "d_sae", "d_out")},
+        notes=notes,
+        **fields,
+    )
+
+
+def write(parts: Parts, folder: Path) -> list[str]:
+    """Writes the folder; returns the names of its files. UserError for what SAELens has no class for."""
+    cfg = parts.cfg
+    gate: str = cfg["architecture"]
+    # at inference SAELens itself keeps a batchtopk dictionary as jumprelu
+    names = {"relu": "standard", "jumprelu": "jumprelu", "batchtopk": "jumprelu"}
+    name = names.get(gate, gate)
+    if parts.transcoder:
+        if name not in ("standard", "jumprelu"):
+            raise cannot(parts, NAME, "has transcoders with relu and jumprelu gates only")
+        kind = "skip_transcoder" if cfg["skip"] else "transcoder"
+        name = kind if name == "standard" else f"{name}_{kind}"
+    tensors = dict(parts.tensors)
+    if cfg["skip"]:
+        # their skip is a matrix that stands on the left of the activation
+        tensors["W_skip"] = tensors["W_skip"].T
+    save_tensors(folder / WEIGHTS, tensors, {"format": "jumpscope"})
+    write_json(folder / CONFIG, _config(parts, name))
+    return [CONFIG, WEIGHTS]
+
+
+def _config(parts: Parts, name: str) -> dict[str, Any]:
+    cfg = parts.cfg
+    values: dict[str, Any] = {
+        "architecture": name,
+        "d_in": cfg["d_in"],
+        "d_sae": cfg["d_sae"],
+        "dtype": str(parts.tensors["W_enc"].dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "hook_z"
+        if name == "jumprelu" and cfg["site_in"].endswith("hook_z")
+        else "none",
+        "metadata": {
+            "sae_lens_version": _LAYOUT_VERSION,
+            "sae_lens_training_version": None,
+            "model_name": cfg["model"],
+            "hook_name": cfg["site_in"],
+            "hook_head_index": None,
+            "context_size": cfg["context"] or None,
+            "prepend_bos": cfg["prepend_bos"],
+            "dataset_path": cfg["corpus"],
+            # defaults are left out, so that older readers of ours know every key
+            "jumpscope": {key: value for key, value in cfg.items() if value != DEFAULTS.get(key, _ABSENT)},
+        },
+    }
+    if name == "topk":
+        values |= {"k": cfg["k"], "rescale_acts_by_decoder_norm": False}
+    if parts.transcoder:
+        values["d_out"] = cfg["d_out"]
+        values["metadata"]["hook_name_out"] = cfg["site_out"]
+    return values
+
+
+_ABSENT = object()
+
+
+def _ours(values: Values, architecture: str) -> tuple[str, dict[str, Any]]:
+    known = {"architecture", "d_in", "d_sae", *DEFAULTS}
+    if unknown := sorted(set(values.values) - known):
+        raise UserError(
+            "metadata.jumpscope must hold keys that this version knows",
+            f"{', '.join(unknown)} in {values.source}",
+            "update jumpscope: a newer one may have written it",
+        )
+    said = values.one_of("architecture", {"relu", "jumprelu", "topk", "batchtopk", "gated"}, architecture)
+    if said != architecture and {said, architecture} != {"jumprelu", "batchtopk"}:
+        raise wrong(values.source, f"the architecture must be one: {architecture}", repr(said))
+    fields: dict[str, Any] = {name: values.text(name) for name in ("site_in", "site_out", "model", "corpus")}
+    fields |= {"context": values.whole("context"), "k": values.whole("k")}
+    return said, fields | {
+        "prepend_bos": values.flag("prepend_bos", True),
+        "l0_target": values.number("l0_target"),
+    }
+
+
+def _fold(
+    tensors: dict[str, Tensor], values: Values, name: str, *, old: bool, transcoder: bool
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    notes: list[str] = []
+    for needed in ("W_enc", "W_dec", "b_dec"):
+        if needed not in tensors:
+            raise wrong(values.source, f"a {name} dictionary has {needed}", f"{', '.join(sorted(tensors))}")
+    if "W_skip" in tensors:
+        tensors["W_skip"] = tensors["W_skip"].T
+    if (scale := tensors.pop("scaling_factor", None)) is not None and not bool((scale == 1).all()):
+        if not values.flag("finetuning_scaling_factor", False) or scale.shape != tensors["W_dec"].shape[:1]:
+            raise wrong(
+                values.source, "finetuning_scaling_factor must be true to be applied", "scales, and false"
+            )
+        tensors = widened(tensors)
+        tensors["W_dec"] = tensors["W_dec"] * scale[:, None]
+        notes.append("scaling_factor is folded into W_dec")
+    norm = values.values.get("normalize_activations") or "none"
+    norm = "expected_average_only_in" if norm is True else norm
+    if norm == "expected_average_only_in":
+        tensors = _fold_scale(tensors, values)
+        notes.append(f"activations were scaled by {values.number('norm_scaling_factor'):g}: folded")
+    elif norm != "none":
+        why = _WHY_NOT_FOLDED.get(str(norm), "this normalisation is not known here")
+        raise wrong(
+            values.source, f"normalize_activations must be one that can be folded ({why})", repr(norm)
+        )
+    if values.flag("rescale_acts_by_decoder_norm", False) and name in (
+        "topk",
+        "batchtopk",
+        "matryoshka_batchtopk",
+    ):
+        tensors = widened(tensors)
+        norms = tensors["W_dec"].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+        tensors |= {"W_enc": tensors["W_enc"] * norms, "W_dec": tensors["W_dec"] / norms[:, None]}
+        tensors["b_enc"] = tensors["b_enc"] * norms
+        notes.append("decoder norms are folded into the encoder")
+    if not transcoder and values.flag("apply_b_dec_to_input", True):
+        tensors = _shifted(tensors, values.source)
+        notes.append("b_dec was subtracted from the input: folded into the encoder's bias")
+    return tensors, tuple(notes)
+
+
+def _fold_scale(tensors: dict[str, Tensor], values: Values) -> dict[str, Tensor]:
+    scale = values.number("norm_scaling_factor")
+    if not scale or not 0 < scale < float("inf"):
+        raise UserError(
+            "a dictionary of scaled activations must say the scale, or have it folded in",
+            f"expected_average_only_in, and no norm_scaling_factor in {values.source}",
+            "add norm_scaling_factor to the config, or fold it with SAELens",
+        )
+    tensors = widened(tensors)
+    return tensors | {
+        "W_enc": tensors["W_enc"] * scale,
+        "W_dec": tensors["W_dec"] / scale,
+        "b_dec": tensors["b_dec"] / scale,
+    }
+
+
+def _shifted(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    bias, W_enc = tensors["b_dec"], tensors["W_enc"]
+    if W_enc.ndim != 2 or bias.shape != W_enc.shape[:1]:
+        raise wrong(source, "b_dec must be as wide as W_enc", f"{tuple(bias.shape)}, {tuple(W_enc.shape)}")
+    return shift_input(tensors, -bias)
+
+
+def _threshold(tensors: dict[str, Tensor], source: str) -> Tensor:
+    found = tensors.pop("threshold", tensors.pop("topk_threshold", None))
+    if found is None:
+        raise wrong(source, "a dictionary with this gate has a threshold", f"{', '.join(sorted(tensors))}")
+    return found.to(tensors["W_enc"].dtype).expand(tensors["W_enc"].shape[-1:]) if found.ndim == 0 else found
+
+
+def _major(version: str) -> int:
+    number = version.partition(".")[0]
+    return int(number) if number.isdecimal() else 0
