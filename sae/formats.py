@@ -1,6 +1,7 @@
 """Dictionaries on disk, in the layout of SAELens 6: cfg.json beside sae_weights.safetensors."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -11,6 +12,8 @@ from sae.architectures import build
 from sae.dictionary import Dictionary, DictionaryConfig
 from sae.errors import UserError
 from sae.files import load_tensors, make_folder, read_json, save_tensors, write_json
+
+_log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 _AGAIN = "save the dictionary again, or take another copy"
@@ -35,20 +38,37 @@ def save(dictionary: Dictionary, path: Path | str) -> None:
 
 
 def load(path: Path | str, *, device: str = "cpu") -> Dictionary:
-    """Reads a folder that `save` or SAELens wrote. On a CPU the weights are the file itself, mapped into
-    memory: what is not used takes none. Raises UserError when files are missing, torn or do not fit each
-    other, and when a value is not finite.
+    """Opens a dictionary: a folder that `save` wrote, or any that `sae.dialects` reads, by path or hub id.
+
+    On a CPU the weights of our own folders, and of SAELens's plain ones, are the file itself, mapped into
+    memory: what is not used takes none. Raises UserError when files are missing, torn, unsafe or do not fit
+    each other, and when a value is not finite.
     """
     folder = Path(path)
-    if not (folder / CONFIG).is_file():
-        raise UserError(
-            f"a dictionary's folder must hold {CONFIG} and {WEIGHTS}",
-            f"no {CONFIG} in {folder}",
-            "give the folder of one site, such as runs/NAME/sites/SITE",
-        )
+    if not (folder / CONFIG).is_file() or _is_foreign(read_json(folder / CONFIG)):
+        return _from_dialect(path, device)
     cfg = _read_config(folder / CONFIG)
     tensors = load_tensors(folder / WEIGHTS, device)
     return build(cfg, _turned(tensors), source=str(folder / WEIGHTS))
+
+
+def _is_foreign(config: Any) -> bool:
+    """Whether a config is neither ours nor one of SAELens's that needs nothing folded."""
+    if not isinstance(config, dict) or "metadata" not in config:
+        return isinstance(config, dict)
+    metadata = config["metadata"]
+    theirs = isinstance(metadata, dict) and "jumpscope" not in metadata
+    return theirs and config.get("normalize_activations") != "none"
+
+
+def _from_dialect(path: Path | str, device: str) -> Dictionary:
+    from sae import dialects  # late: few dictionaries need them
+
+    parts = dialects.read(path)
+    for note in parts.notes:
+        _log.info("%s: %s", parts.source, note)
+    tensors = {name: tensor.to(device) for name, tensor in parts.tensors.items()}
+    return build(DictionaryConfig(**parts.cfg), tensors, source=parts.source)
 
 
 def _turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

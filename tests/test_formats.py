@@ -143,7 +143,7 @@ def test_what_we_cannot_read_is_refused(tmp_path):
 
 
 def test_files_that_do_not_fit(tmp_path):
-    with pytest.raises(UserError, match=r"cfg\.json"):
+    with pytest.raises(UserError, match="folder must hold weights"):
         sae.load(tmp_path)
     sae.save(dictionary(), tmp_path)
     weights = tmp_path / "sae_weights.safetensors"
@@ -180,7 +180,7 @@ def test_files_that_do_not_fit(tmp_path):
         ({"architecture": {}}, "architecture"),
         (
             {"architecture": "standard", "apply_b_dec_to_input": False, "normalize_activations": "none"},
-            "d_in",
+            "threshold",
         ),
     ],
 )

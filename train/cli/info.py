@@ -20,6 +20,8 @@ from train.cli.tables import eval_caption, eval_summary, training_summary
 from train.run_folder import RUN, RunFolder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from activations.store import Store
 
 
@@ -126,7 +128,10 @@ def _dictionary(path: str) -> None:
 
     parts = dialects.read(path)
     tensors = parts.tensors
-    ranges = {"decoder row norms": tensors["W_dec"].norm(dim=1), "thresholds": tensors.get("threshold")}
+    norms = tensors["W_dec"].norm(dim=1)
+    thresholds = "0" if parts.cfg["architecture"] == "relu" else "none"
+    if "threshold" in tensors:
+        thresholds = _range(tensors["threshold"])
     _pairs(
         {
             "dictionary": path,
@@ -134,11 +139,8 @@ def _dictionary(path: str) -> None:
             **parts.cfg,
             "dtype": str(tensors["W_enc"].dtype).removeprefix("torch."),
             "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}",
-            **{
-                name: f"{float(values.min()):.3g} to {float(values.max()):.3g}"
-                for name, values in ranges.items()
-                if values is not None
-            },
+            "decoder row norms": _range(norms),
+            "thresholds": thresholds,
         }
     )
     for line in parts.notes:
@@ -177,6 +179,10 @@ def _by_size(l0: str) -> tuple[int, int, str]:
     size = l0.partition("_")[0]
     words = ("small", "medium", "big")
     return int(l0) if l0.isdecimal() else 0, words.index(size) if size in words else len(words), l0
+
+
+def _range(values: "Tensor") -> str:
+    return f"{float(values.min()):.3g} to {float(values.max()):.3g}"
 
 
 def _store(path: str, *, verify: bool) -> None:
