@@ -138,7 +138,7 @@ def _plan_harvest(
         model_shape(options.model),
         {site: model.site_width(site) for site in sites},
         model.dtype,
-        measure_harvest(model, _harvest(options, model, corpus, sites)),
+        measure_harvest(model, _harvest(options, model, corpus, sites), sites, options.context),
         device=model.device,
         tokens=options.tokens,
         context=options.context,
