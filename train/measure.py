@@ -45,9 +45,11 @@ def measure(config: TrainConfig, sites: Sequence[str], model: LanguageModel | No
     return _measured(model, harvest_rate, config.batch / seconds)
 
 
-def measure_harvest(model: LanguageModel, rows: Iterator[RowBatch]) -> Measured:
-    """The same for rows alone: takes a few of `rows`, an untouched stream that the model makes."""
-    _, rate = _timed(model, rows)
+def measure_harvest(
+    model: LanguageModel, rows: Iterator[RowBatch], sites: Sequence[str], context: int
+) -> Measured:
+    """The same for rows alone: takes some of `rows`, a stream that the model makes of such blocks."""
+    _, rate = _timed(model, rows, sites, context)
     return _measured(model, rate, None)
 
 
@@ -67,25 +69,26 @@ def _harvested(config: TrainConfig, sites: Sequence[str], model: LanguageModel) 
         blocks_per_batch=config.model_batch,
         seed=config.seed,
     )
-    return _timed(model, harvest_rows(model, blocks, sites))
+    return _timed(model, harvest_rows(model, blocks, sites), sites, config.context)
 
 
-def _timed(model: LanguageModel, stream: Iterator[RowBatch]) -> tuple[RowBatch, float]:
-    """The first rows of a stream, and the rate at which those after them come."""
+def _timed(
+    model: LanguageModel, stream: Iterator[RowBatch], sites: Sequence[str], context: int
+) -> tuple[RowBatch, float]:
+    """The first rows of a stream, and the rate at which its rows come."""
     _read_weights(model)
-    first, spans, start = None, [], time.perf_counter()
-    for rows in itertools.islice(stream, 1 + _OFTEN_ENOUGH):
-        _synchronise(model.device)
-        now = time.perf_counter()
-        spans.append((len(rows), now - start))
-        first, start = first or rows, now
-        if sum(seconds for _, seconds in spans[1:]) >= _LONG_ENOUGH:
+    # one block sets up the libraries and costs little
+    model.activations(torch.ones(1, context, dtype=torch.long), sites)
+    first, done, elapsed, start = None, 0, 0.0, time.perf_counter()
+    for rows in itertools.islice(stream, _OFTEN_ENOUGH):
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
+        first, done, elapsed = first or rows, done + len(rows), time.perf_counter() - start
+        if elapsed >= _LONG_ENOUGH:
             break
     if first is None:
         raise UserError("there must be text to make rows of", "no token", "give a longer corpus")
-    # the first pass also sets up the libraries; a text of one batch has no other
-    counted = spans[1:] or spans
-    return first, sum(n for n, _ in counted) / sum(seconds for _, seconds in counted)
+    return first, done / elapsed
 
 
 def _step_seconds(
@@ -140,8 +143,3 @@ def _measured(model: LanguageModel | None, harvest_rate: float | None, train_rat
         process=own_memory() - (weights if on_cpu else 0),
         peak=own_peak(),
     )
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

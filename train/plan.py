@@ -154,7 +154,7 @@ def plan_harvest(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         memory={"language model": weights, "forward pass": forward}
-        | ({} if on_gpu else {"shard": shard, "Python, torch, ...": process}),
+        | ({} if on_gpu else {"shard": shard, "Python, libraries": process}),
         host_memory=process + max(weights, shard) if on_gpu else 0,
         loading=measured.peak,
         disk={"activations": size},
@@ -208,12 +208,12 @@ def fixed_costs(
     phases = _working_memory(config, shape, sites, dtype, on_gpu=on_gpu)
     phase = max(phases, key=lambda name: phases[name])
     costs = {
-        f"{len(sites)} dictionaries, Adam": dictionaries,
-        f"at work: {phase}": phases[phase],
+        f"{len(sites)} dictionaries": dictionaries,
+        f"work: {phase}": phases[phase],
     }
     if shape is not None:
         costs = {"language model": _weights(shape, dtype, measured), **costs}
-    return costs if on_gpu else {**costs, "Python, torch, ...": _process(shape, measured)}
+    return costs if on_gpu else {**costs, "Python, libraries": _process(shape, measured)}
 
 
 def plan_ring_rows(config: TrainConfig, sites: Mapping[str, int], dtype: torch.dtype, fixed: int) -> int:

@@ -154,7 +154,7 @@ def _plan_harvest(
         model_shape(options.model),
         {site: model.site_width(site) for site in sites},
         model.dtype,
-        measure_harvest(model, rows),
+        measure_harvest(model, rows, sites, options.context),
         device=model.device,
         tokens=options.tokens,
         context=options.context,
