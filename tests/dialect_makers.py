@@ -78,7 +78,7 @@ def gemma_scope_2(folder, affine=False, config=None):
     return tensors
 
 
-def dictionary_learning(folder, dict_class, **trainer):
+def dictionary_learning(folder, dict_class, said="", **trainer):
     raw = plain()
     linear = {"encoder.weight": raw["W_enc"].T, "decoder.weight": raw["W_dec"].T}
     k, threshold = torch.tensor(K, dtype=torch.int), torch.tensor(0.3)
@@ -95,7 +95,7 @@ def dictionary_learning(folder, dict_class, **trainer):
         "MatryoshkaBatchTopKSAE": four
         | {"k": k, "threshold": threshold, "group_sizes": torch.tensor([8, D_SAE - 8])},
     }[dict_class]
-    about = {"dict_class": dict_class, "activation_dim": D_IN, "dict_size": D_SAE, "layer": 5}
+    about = {"dict_class": said or dict_class, "activation_dim": D_IN, "dict_size": D_SAE, "layer": 5}
     about |= {"lm_name": "EleutherAI/pythia-70m-deduped", "submodule_name": "mlp_out_layer_5"}
     json_file(folder, "config.json", {"trainer": about | trainer, "buffer": {"ctx_len": 128}})
     torch.save({n: t.contiguous() for n, t in arrays.items()}, folder / "ae.pt")

@@ -97,7 +97,7 @@ def test_labels_that_lie(tmp_path):
     refuses(tmp_path / "b", "architecture must be one of")
     make.saelens(tmp_path / "c", about={"jumpscope": {"architecture": "topk"}})
     refuses(tmp_path / "c", "architecture must be one")
-    make.dictionary_learning(tmp_path / "d", "AutoEncoder", dict_class="GatedAutoEncoder")
+    make.dictionary_learning(tmp_path / "d", "AutoEncoder", said="GatedAutoEncoder")
     refuses(tmp_path / "d", "GatedAutoEncoder must hold")
     make.dictionary_learning(tmp_path / "e", "BatchTopKSAE", k=make.K + 1)
     refuses(tmp_path / "e", "k must be that of the arrays")

@@ -15,6 +15,7 @@ from cli_fakes import refused
 
 import sae
 from sae import dialects
+from sae.dialects.hub import list_folders
 from sae.errors import UserError
 from train.cli.main import main
 
@@ -93,7 +94,10 @@ def hub(repositories, tmp_path, monkeypatch):
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     yield server
@@ -168,16 +172,10 @@ def test_close_but_wrong(hub):
     with pytest.raises(UserError, match=r"mean google/gemma-scope-2b-pt-res\?"):
         dialects.read("google/gemma-scope-2b-pt-ress/layer_20/width_16k/average_l0_71")
     with pytest.raises(UserError, match="no weights among its 1 files"):
-        main_error("someone/nothing")
+        list_folders("someone/nothing")
     hub.gated = FIRST
     with pytest.raises(UserError, match="behind a licence"):
         dialects.read(f"{FIRST}/layer_20/width_16k/average_l0_71")
-
-
-def main_error(repo):
-    from sae.dialects.hub import list_folders
-
-    list_folders(repo)
 
 
 @pytest.mark.parametrize("name", ["../../stolen/params.npz", "/etc/params.npz", "a\\..\\params.npz"])

@@ -324,6 +324,14 @@ def test_ids_that_are_close():
         choose_folder(Id("a/b", "layer_20/width_16k/average_l0_72"), folders)
     with pytest.raises(UserError, match="Did you mean gemma-scope-2b-pt-res"):
         parse_id("gemma-scope-2b-pt-ress:layer_20/width_16k/canonical")
-    for text in ("gemma-scope-2b-pt-res", "a/../../b", "a/b/../c", "gemma-scope-2b-pt-res:../x", ""):
+    for text in (
+        "gemma-scope-2b-pt-res",
+        "a/../../b",
+        "a/b/../c",
+        "gemma-scope-2b-pt-res:../x",
+        "",
+        "/nowhere/at/all",
+        "./x/y",
+    ):
         with pytest.raises(UserError):
             parse_id(text)

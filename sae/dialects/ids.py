@@ -43,6 +43,9 @@ class Id:
 
 def parse_id(text: str) -> Id:
     """Reads an id. Raises UserError with the nearest known one when it is of no known form."""
+    if text.startswith(("/", ".", "~")):
+        # the hub must not be asked for a path that was mistyped
+        raise UserError("the path must be there", f"no file or folder {text}", "check the path")
     release, colon, inner = text.partition(":")
     if colon and "/" not in release:
         found = _release(release, inner.strip("/"))

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import os
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,8 +68,14 @@ def run(argv: list[str]) -> None:
         _run(RunFolder.open(path))
     elif is_store:
         _store(options.path, verify=options.verify)
-    elif not path.exists() and options.path.count("/") == 1 and ":" not in options.path:
+    elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", options.path):
         _repository(options.path)
+    elif path.is_dir() and not any(path.glob("*.*")):
+        raise UserError(
+            "the path must be a run folder, a dictionary or a store",
+            f"none of run.json, manifest.json and weights in {path}",
+            "check the path",
+        )
     else:
         _dictionary(options.path)
 
