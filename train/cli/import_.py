@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import sae
 from sae import dialects
 from sae.dialects.parts import Parts
 from train.cli.console import note, say
@@ -31,8 +32,8 @@ def run(argv: list[str]) -> None:
 
 
 def save(parts: Parts, folder: Path | str) -> None:
-    """Writes the dictionary in our own layout, which is that of SAELens."""
-    dialects.write(parts, folder, "saelens")
+    """Writes the dictionary in our own layout, which SAELens reads where it has the architecture."""
+    sae.save(sae.build(sae.DictionaryConfig(**parts.cfg), parts.tensors, source=parts.source), folder)
 
 
 def _told(parts: Parts, options: ImportOptions) -> Parts:
