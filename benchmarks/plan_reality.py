@@ -72,7 +72,11 @@ def in_child(words: list[str]) -> dict[str, Any]:
         "memory": [made.memory_total, own_peak()],
         "loading": made.loading,
         "items": made.memory,
-        "disk": [made.disk_total, sum(f.stat().st_size for f in out.rglob("*") if f.is_file())],
+        # those go when the run is done
+        "disk": [
+            sum(n for name, n in made.disk.items() if not name.startswith("checkpoints")),
+            sum(f.stat().st_size for f in out.rglob("*") if f.is_file()),
+        ],
         "seconds": [round(made.seconds_total, 1), round(time.monotonic() - begun[-1], 1)],
     }
 

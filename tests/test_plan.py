@@ -140,7 +140,7 @@ def test_the_defaults_fit_their_own_memory(slow_product):
     plan = make_plan(demo)
     assert len(plan.sites) == 18
     # with room for a larger torch than the one these figures were taken with
-    assert plan.memory_total + 400 * 2**20 < demo.memory == 4 * GIB
+    assert plan.memory_total + 400 * 2**20 < demo.memory
     assert make_plan(TrainConfig()).ring_rows == 65_536
 
 

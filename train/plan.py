@@ -328,7 +328,9 @@ def _working_memory(
     if shape is None:
         # a row batch and its copy, and two shards: one is read while the other is used
         made, name = _STORE_ROWS * row, "store and step"
-        harvest = 2 * (made + min(SHARD_BYTES, config.tokens * row))
+        store = open_store(config.store)
+        shard = SHARD_BYTES * sum(sites.values()) // sum(store.widths.values())
+        harvest = 2 * made + min(2 * shard, store.rows * row)
     else:
         harvest = _forward(shape, sites, dtype, config.context, config.model_batch)
         made, name = config.model_batch * config.context * row, "model and step"
