@@ -10,7 +10,6 @@ from safetensors import safe_open
 from store_rows import FACTS, SITES, WIDTHS, all_rows, assert_same, source, whole, write
 
 from activations import store as store_module
-from activations.blocks import Cursor
 from activations.order import permutation
 from activations.ring import ShuffleRing
 from activations.store import manifest_bytes, open_store
