@@ -37,7 +37,7 @@ def evaluate(
     *,
     tokens: int = 16_384,
     loss_tokens: int = 2_048,
-    baseline_tokens: int = 256,
+    baseline_tokens: int = 240,
     watch: Watch | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:

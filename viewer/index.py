@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
-from activations.int8 import HasUnembedding, Int8Vocabulary
-from sae import Dictionary, UserError
+from activations.int8 import HasUnembedding
+from sae import Dictionary, DictionaryConfig, UserError
 from sae.sparse import SparseEncoder, SparseLatents
 from viewer.accumulate import BINS_PER_OCTAVE, Chunk, SiteAccumulator, histogram_edges
 from viewer.lens import search_vocabulary, top_logits
@@ -99,6 +100,7 @@ class IndexBuilder:
         self.sites_read = {site: d.cfg.site_in or site for site, d in dictionaries.items()}
         """The site that each dictionary reads."""
         self.n_latents = sum(d.cfg.d_sae for d in dictionaries.values())
+        self._texts: dict[int, str] = {}
         self._found = {
             site: SiteAccumulator(d.cfg.d_sae, examples=examples, context_tokens=context_tokens)
             for site, d in dictionaries.items()
@@ -135,16 +137,47 @@ class IndexBuilder:
                 "the index needs text", "no token to index", "give a corpus with held-out documents"
             )
         vocabulary = search_vocabulary(self.model, self.n_latents)
-        folders, written = {}, 0
-        for site, dictionary in self.dictionaries.items():
-            folders[site] = out(site)
-            # popped, so that each site's memory is given back once it is on disk
-            found = self._found.pop(site)
-            _finish(self.model, dictionary, site, folders[site], found, corpus, vocabulary)
-            written += dictionary.cfg.d_sae
-            if progress:
+        folders = {site: out(site) for site in self.dictionaries}
+        written, writing = 0, None
+
+        def wait(writing: "Future[int] | None") -> None:
+            nonlocal written
+            written += writing.result() if writing else 0
+            if writing and progress:
                 progress(written, self.n_latents)
+
+        # one site is written while the next one's logits are searched for
+        with ThreadPoolExecutor(max_workers=1) as writer:
+            for site, dictionary in self.dictionaries.items():
+                logits = None
+                if _speaks(dictionary, site, self.model):
+                    logits = top_logits(self.model, dictionary.W_dec, count=LOGITS, vocabulary=vocabulary)
+                wait(writing)
+                writing = writer.submit(self._write_site, site, folders[site], corpus, logits)
+            wait(writing)
         return folders
+
+    def _write_site(self, site: str, folder: Path, corpus: str, logits: tuple[Tensor, Tensor] | None) -> int:
+        """Writes a site and gives its memory back; returns how many latents it has."""
+        dictionary, found = self.dictionaries[site], self._found.pop(site)
+        manifest = _manifest(self.model.name, dictionary.cfg, site, corpus, found, spoken=logits is not None)
+        threshold = dictionary.firing_threshold
+        write_site(
+            folder,
+            found,
+            threshold=None if threshold is None else threshold.detach().float().cpu().numpy(),
+            logit_tokens=None if logits is None else logits[0].numpy(),
+            logits=None if logits is None else logits[1].numpy().astype(np.float32),
+            token_strings=self._token_strings,
+            manifest=manifest,
+        )
+        return dictionary.cfg.d_sae
+
+    def _token_strings(self, ids: Sequence[int]) -> list[str]:
+        """As the model's, but each token is decoded once for all sites."""
+        new = [token for token in ids if token not in self._texts]
+        self._texts.update(zip(new, self.model.token_strings(new), strict=True))
+        return [self._texts[token] for token in ids]
 
 
 def _check_fits(dictionary: Dictionary, x: Tensor) -> None:
@@ -157,33 +190,27 @@ def _check_fits(dictionary: Dictionary, x: Tensor) -> None:
         )
 
 
-def _finish(
-    model: IndexModel,
-    dictionary: Dictionary,
-    site: str,
-    folder: Path,
-    found: SiteAccumulator,
-    corpus: str,
-    vocabulary: Int8Vocabulary | None,
-) -> None:
-    cfg, threshold = dictionary.cfg, dictionary.firing_threshold
-    site_out = cfg.site_out or site
-    speaks = site_out.endswith(_RESIDUAL_KINDS) and cfg.d_out == model.W_U.shape[0]
-    tokens, logits = None, None
-    if speaks:
-        tokens, logits = top_logits(model, dictionary.W_dec, count=LOGITS, vocabulary=vocabulary)
-    manifest: dict[str, Any] = {
-        "model": model.name,
+def _speaks(dictionary: Dictionary, site: str, model: IndexModel) -> bool:
+    """Whether it writes to the residual stream, which the unembedding reads."""
+    cfg = dictionary.cfg
+    return (cfg.site_out or site).endswith(_RESIDUAL_KINDS) and cfg.d_out == model.W_U.shape[0]
+
+
+def _manifest(
+    model: str, cfg: DictionaryConfig, site: str, corpus: str, found: SiteAccumulator, *, spoken: bool
+) -> dict[str, Any]:
+    return {
+        "model": model,
         "site": site,
         "site_in": cfg.site_in or site,
-        "site_out": site_out,
+        "site_out": cfg.site_out or site,
         "d_sae": cfg.d_sae,
         "corpus": corpus or cfg.corpus,
         "tokens": found.tokens_seen,
         "examples": found.examples,
         "context_tokens": found.context_tokens,
         "histogram": {"bins_per_octave": BINS_PER_OCTAVE, "lowest_edge": float(histogram_edges()[0])},
-        "logits": LOGITS if speaks else 0,
+        "logits": LOGITS if spoken else 0,
         "silent": int((found.firings == 0).sum()),
         "versions": {
             "jumpscope": _version("jumpscope"),
@@ -191,15 +218,6 @@ def _finish(
             "pyarrow": pyarrow.__version__,
         },
     }
-    write_site(
-        folder,
-        found,
-        threshold=None if threshold is None else threshold.detach().float().cpu().numpy(),
-        logit_tokens=None if tokens is None else tokens.numpy(),
-        logits=None if logits is None else logits.numpy().astype(np.float32),
-        token_strings=model.token_strings,
-        manifest=manifest,
-    )
 
 
 def _version(package: str) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from jaxtyping import Bool, Int
 
 from sae.errors import UserError
 from sae.files import atomic_write, make_folder, read_json, sha256_file, write_json
@@ -48,7 +49,7 @@ def write_site(
     """
     make_folder(folder)
     (folder / MANIFEST).unlink(missing_ok=True)
-    used = np.zeros(0, np.int64) if logit_tokens is None else np.unique(logit_tokens)
+    used = _marked(np.zeros(0, bool), np.zeros(0, np.int32) if logit_tokens is None else logit_tokens)
     latents = _latents_table(accumulator, threshold, logit_tokens, logits)
     atomic_write(
         folder / LATENTS, lambda path: pq.write_table(latents, path, row_group_size=_LATENT_ROWS_PER_GROUP)
@@ -61,10 +62,10 @@ def write_site(
                 table = _examples_table(accumulator, slice(start, start + _LATENTS_PER_GROUP))
                 if table.num_rows:
                     writer.write_table(table)
-                    used = np.union1d(used, table["tokens"].combine_chunks().values.to_numpy())
+                    used = _marked(used, table["tokens"].combine_chunks().values.to_numpy())
 
     atomic_write(folder / EXAMPLES, write_examples)
-    ids = used.astype(np.int32)
+    ids = np.flatnonzero(used).astype(np.int32)
     # a byte-level token need not be text on its own
     text = [t.encode("utf-8", "replace").decode() for t in token_strings(ids.tolist())]
     tokens = pa.table({"id": pa.array(ids), "text": pa.array(text, pa.string())})
@@ -74,6 +75,14 @@ def write_site(
         for name in (LATENTS, EXAMPLES, TOKENS)
     }
     write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **manifest, "files": files})
+
+
+def _marked(used: Bool[np.ndarray, "d_vocab"], tokens: Int[np.ndarray, "..."]) -> Bool[np.ndarray, "longer"]:
+    """The marks of tokens used, with these too; as long as the largest needs."""
+    longer = np.zeros(max(len(used), int(tokens.max(initial=-1)) + 1), bool)
+    longer[: len(used)] = used
+    longer[tokens.reshape(-1)] = True
+    return longer
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class EvalOptions:
     """Held-out tokens for L0, FVU and dead latents."""
     loss_tokens: Count = 2_048
     """Tokens, of these, for the loss with each dictionary in the model."""
-    baseline_tokens: Count = 256
+    baseline_tokens: Count = 240
     """Tokens, of these, for mean and zero ablation, whose losses are so large that few are enough."""
     corpus: str = ""
     """Other text to measure on; its held-out tenth is used. Empty: the run's own corpus."""
@@ -165,9 +165,9 @@ class DemoOptions:
     """The model's dtype. auto: bfloat16 where the hardware has it."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    held_out_tokens: Count = 24_576
+    held_out_tokens: Count = 16_384
     """Held-out tokens for L0, FVU, dead latents and the feature index."""
-    loss_tokens: Count = 1_536
+    loss_tokens: Count = 1_024
     """Tokens, of these, for the loss with each dictionary in the model."""
     out: str = ""
     """Run folder to create. Empty: runs/demo, which is opened again once it is finished."""
