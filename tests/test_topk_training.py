@@ -57,7 +57,7 @@ def test_silent_latents_come_back(architecture):
     for pull_after in (1000, 10**9):
         fields = {**cfg.to_dict(), "pull_after": pull_after}
         trainer = trained(x, TrainConfig.from_dict(fields), steps=30)
-        trainer.weights.b_enc[100:] -= 0.2
+        trainer.weights.b_enc[100:] -= 0.3
         trainer.kernel.refresh(trainer.state)
         for step in range(120):
             pick = torch.randperm(len(x), generator=torch.Generator().manual_seed(step))[: cfg.batch]

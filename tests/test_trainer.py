@@ -123,7 +123,7 @@ def test_dictionary_folds_scale_and_bias():
 
 
 def test_decoder_rows_keep_unit_norm_and_thresholds_stay_above_zero():
-    trainer = trained(rows(), config(lr=1e-2, threshold_lr=0.1), steps=30)
+    trainer = trained(rows(), config(lr=1e-2, threshold_lr=0.5), steps=30)
     torch.testing.assert_close(trainer.weights.W_dec.norm(dim=1), torch.ones(128))
     assert float(trainer.weights.threshold.min()) >= 0
 

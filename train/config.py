@@ -92,8 +92,8 @@ class TrainConfig(Config):
     """Rows of the shuffle buffer: batches are drawn from so many rows at once."""
     lr: float = 2e-3
     """Adam's learning rate for weights and biases, at its height."""
-    threshold_lr: float = 1e-3
-    """The same for jumprelu's thresholds."""
+    threshold_lr: float = 0.05
+    """The same for jumprelu's thresholds, in standard deviations of the first pre-activations."""
     warmup: float = 0.04
     """Share of the steps over which the learning rate rises from zero."""
     decay: float = 0.2
@@ -101,7 +101,7 @@ class TrainConfig(Config):
     sparsity: SparsityKind = "quadratic"
     """Sparsity term; see sae/losses.py."""
     sparsity_coefficient: float = 0.1
-    """Its weight, in units of the mean squared error of predicting the mean."""
+    """Its weight, in units of the mean squared error of predicting the mean (principal ones aside)."""
     bandwidth: float = 0.5
     """Window of the threshold's gradient, in standard deviations of the first pre-activations."""
     l0_start: float = 1.5

@@ -25,6 +25,12 @@ from train.schedule import l0_aim, lr_factor
 _SAMPLE = 2**24
 # values searched at once: a search takes several times their memory
 _SEARCHED = 2**20
+# of so many directions, one may be taken for a strongest one
+_PER_PRINCIPAL = 16
+# rows that are all but within their strongest directions have no rest to be measured by: at least this share
+# of their energy is taken to be outside
+_LEAST_OUTSIDE = 1e-4
+_TINY = torch.finfo(torch.float32).tiny
 # share of the way to a batch's least activation kept that batchtopk's threshold goes in a step: a mean over
 # some ten batches, which all but agree. A longer one lags behind the weights in a run of a few hundred steps.
 _FOLLOW = 0.1
@@ -37,8 +43,11 @@ class NonFiniteError(RuntimeError):
 class SiteTrainer:
     """Trains the dictionary of one site from batches of raw rows [batch, d_in].
 
-    Inside, rows are divided by `scale` so that E||x - mean||^2 = 1; `dictionary()` folds that back. The
-    kernel makes the steps and may serve other sites too.
+    Inside, rows are divided by `scale`, so that outside of the strongest principal directions E||x - mean||^2
+    is 1; `dictionary()` folds that back. Over all directions the scale would be that of the strongest, which
+    hold 99 % of the variance at layer 0 of Gemma 3 270M (86 % at layer 9): pre-activations would be small
+    beside a step of bias and threshold, and thresholds would run down to zero, where L0 cannot be steered.
+    The kernel makes the steps and may serve other sites too.
     """
 
     def __init__(
@@ -65,9 +74,12 @@ class SiteTrainer:
         """The trainer before its first step, placed by a site's statistics and some of its rows."""
         device = first_rows.device
         generator = torch.Generator().manual_seed(_site_seed(config.seed, site))
-        mean = (statistics.mean / statistics.scale).to(device)
-        centred = first_rows.float() / statistics.scale - mean
-        directions = _first_directions(centred, config.width, config.principal, generator)
+        mean = statistics.mean.to(device)
+        strongest, rest = _principal_directions(first_rows.float() - mean, config)
+        directions = _first_directions(strongest, config.width, generator)
+        scale = statistics.scale * rest
+        mean = mean / scale
+        centred = first_rows.float() / scale - mean
         weights = StepWeights(
             W_enc_t=directions.clone(),
             b_enc=torch.zeros(config.width, device=device),
@@ -78,7 +90,6 @@ class SiteTrainer:
             threshold=torch.zeros(config.width, device=device),
         )
         bandwidth = _place_thresholds(config, weights, centred)
-        scale = statistics.scale
         state = StepState.begin(weights, beta1=config.beta1, scale_in=scale, scale_out=scale)
         return cls(config, site, state, bandwidth, kernel)
 
@@ -181,13 +192,15 @@ class SiteTrainer:
     def settings(self, share: float) -> StepSettings:
         """What a step aims at when `share` of the run is done."""
         config, factor = self.config, lr_factor(self.config, share)
+        deviation = self.bandwidth / config.bandwidth
+        threshold_lr = config.threshold_lr * deviation * factor
         return StepSettings(
             bandwidth=self.bandwidth,
             sparsity=Sparsity(kind=config.sparsity, coefficient=config.sparsity_coefficient),
             l0_wanted=l0_aim(config, share),
             l0_gain=config.l0_gain,
             lr=config.lr * factor,
-            threshold_lr=_FOLLOW if config.architecture == "batchtopk" else config.threshold_lr * factor,
+            threshold_lr=_FOLLOW if config.architecture == "batchtopk" else threshold_lr,
             beta1=config.beta1,
             beta2=config.beta2,
             pull_after=config.pull_after,
@@ -254,24 +267,35 @@ def _place_thresholds(config: TrainConfig, weights: StepWeights, centred: Float[
     return config.bandwidth * float(pre.std())
 
 
+def _principal_directions(
+    centred: Float[Tensor, "row d_in"], config: TrainConfig
+) -> tuple[Float[Tensor, "strongest d_in"], float]:
+    """The `config.principal` strongest principal directions of some rows, fewer where there is no room, and
+    the norm of what is outside of them, over the rows' norm.
+    """
+    n_rows, d_in = centred.shape
+    q = min(config.principal, d_in // _PER_PRINCIPAL, n_rows, config.width // 4)
+    if q < 1:
+        return centred[:0], 1.0
+    # exact, by the small Gram matrix: the randomised methods draw from torch's global generator
+    values, vectors = torch.linalg.eigh(centred.T @ centred)
+    outside = float(values[:-q].clamp(min=0).sum() / values.clamp(min=0).sum().clamp(min=_TINY))
+    return vectors[:, -q:].T, max(outside, _LEAST_OUTSIDE) ** 0.5
+
+
 def _first_directions(
-    centred: Float[Tensor, "row d_in"], width: int, principal: int, generator: torch.Generator
+    strongest: Float[Tensor, "strongest d_in"], width: int, generator: torch.Generator
 ) -> Float[Tensor, "width d_in"]:
     """Random unit rows, but for the strongest principal directions, which get two latents each and are taken
     out of the rest.
 
     A few directions (massive activations) can hold most of the variance. Random rows would all feel them,
-    all learn them
-    at once, overshoot, and half of them would die of the correction. Latents of their own carry them from
-    the start.
+    all learn them at once, overshoot, and half of them would die of the correction. Latents of their own
+    carry them from the start.
     """
-    device, d_in = centred.device, centred.shape[1]
-    rows = torch.randn(width, d_in, generator=generator).to(device)
-    q = min(principal, d_in - 1, len(centred), width // 4)
+    q, d_in = strongest.shape
+    rows = torch.randn(width, d_in, generator=generator).to(strongest.device)
     if q > 0:
-        # exact, by the small Gram matrix: the randomised methods draw from torch's global generator
-        _, vectors = torch.linalg.eigh(centred.T @ centred)
-        strongest = vectors[:, -q:].T
         rows -= (rows @ strongest.T) @ strongest
         rows[: 2 * q] = torch.cat([strongest, -strongest])
     return F.normalize(rows, dim=1)

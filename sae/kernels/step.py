@@ -1,6 +1,6 @@
 """What every training step takes, changes and gives, whichever kernel computes it.
 
-One step, in the trainer's units: rows are divided by the state's scale, so that E||y - mean||^2 = 1.
+One step, in the trainer's units: rows are divided by the state's scale, so that E||y - mean||^2 is about 1.
 
     pre = (x - b_in) W_enc + b_enc          acts = pre on the support, 0 elsewhere
     loss = mean_b ||acts W_dec + b_dec - y||^2 + sparsity, its gradients as `reference` has them

@@ -123,7 +123,7 @@ class ViewOptions:
 
 
 # for a run of some hundred steps: larger ones, a shorter memory of squares, silent latents drawn back sooner
-_SHORT_RECIPE = {"lr": 3e-3, "beta2": 0.99, "bandwidth": 0.25, "pull_after": 10_000}
+_SHORT_RECIPE = {"lr": 4e-3, "beta2": 0.99, "bandwidth": 0.25, "pull_after": 10_000}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
