@@ -86,9 +86,18 @@ def spliced_final(
             return model.run_body(tokens)
     with (
         _standing_in(model, layer, run.block_inputs[layer], run.in_tuples),
-        model.watching({site: lambda _clean: replacement}),
+        model.watching({site: lambda clean: put(site, clean, replacement)}),
     ):
         return model.run_body(tokens)
+
+
+def put(site: str, activation: Tensor, replacement: Tensor) -> Tensor:
+    """What a hook at `site` returns so that the model goes on with `replacement` instead of `activation`.
+
+    `hook_resid_mid` is hooked where the MLP's norm reads it, and the residual stream goes past that: the same
+    tensor, which has to be written in place for both to have the new values.
+    """
+    return activation.copy_(replacement) if site.endswith(".hook_resid_mid") else replacement
 
 
 @contextmanager
