@@ -297,7 +297,7 @@ def test_two_dtypes_and_a_view_of_the_latents_that_is_small():
     [
         (lambda b: spliced(b, [dictionary_at(), dictionary_at()]), [SITE, "one dictionary only"]),
         (lambda b: spliced(b, dictionary_at("blocks.9.hook_resid_post")), ["blocks.9", "hook points"]),
-        (lambda b: spliced(b, dictionary_at("blocks.1.hook_resid_pots")), ["did you mean", SITE]),
+        (lambda b: spliced(b, dictionary_at("blocks.1.hook_resid_pots")), ["id you mean", SITE]),
         (lambda b: spliced(b, dictionary_at("")), ["''", "site_in"]),
         (lambda b: spliced(b, dictionary_at(), edit={"blocks.2.hook_resid_post": ablate(1)}), [SITE]),
         (
