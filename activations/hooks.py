@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -41,8 +42,8 @@ class spliced:  # in lower case as torch.no_grad is: it is read as a statement
 
     latents: Mapping[str, Tensor]
     """Of the latest forward pass, by the site that is written: [batch, pos, d_sae], as the dictionary encodes
-    them, before an edit; zero where nothing is spliced. Kept as lists of what fires, and made dense when
-    asked for, so that they take little memory; with `gradients` dense, and part of the graph."""
+    them, before an edit; zero where nothing is spliced. They are computed whenever they are asked for: a pass
+    keeps only what the dictionary reads, which is far smaller. With `gradients` they are in the graph."""
     fwd_hooks: list[tuple[str, Callable[..., Tensor | None]]]
     """Names of hook points and the functions for them, as `bridge.run_with_hooks` takes them."""
 
@@ -76,10 +77,14 @@ class spliced:  # in lower case as torch.no_grad is: it is read as a statement
         """
         self._bridge = model.bridge if isinstance(model, LanguageModel) else model
         many = [dictionaries] if isinstance(dictionaries, Dictionary) else list(dictionaries)
-        edits = _edits(many, edit)
         points: dict[str, Any] = self._bridge.hook_dict
+        written = [_point(points, made.cfg.site_out).name for made in many]
+        if twice := sorted({name for name in written if written.count(name) > 1}):
+            must = "a site can be written by one dictionary only"
+            raise UserError(must, f"several at {', '.join(twice)}", "leave all but one of them out")
+        edits = _edits([made.cfg.site_out for made in many], edit)
         where = _where(model, keep)
-        stored: dict[str, Tensor] = {}
+        stored: dict[str, Callable[[], Tensor]] = {}
         splices = [
             _Splice(made, where, stored, edits.get(made.cfg.site_out), error_term, gradients) for made in many
         ]
@@ -87,9 +92,9 @@ class spliced:  # in lower case as torch.no_grad is: it is read as a statement
         # a point's own name: for another one, a bridge in compatibility mode calls the function twice
         hooks: list[tuple[str, Callable[..., Tensor | None]]] = []
         if callable(where):
-            hooks += [(_point(points, _TOKENS).name, splice.positions.see) for splice in splices]
+            hooks.append((_point(points, _TOKENS).name, partial(_see, splices)))
         # at one site what is written comes first, since that is what the rest of the model reads there
-        hooks += [(_point(points, splice.cfg.site_out).name, splice.write) for splice in splices]
+        hooks += [(name, splice.write) for name, splice in zip(written, splices, strict=True)]
         hooks += [
             (_point(points, s.cfg.site_in).name, s.read) for s in splices if not s.reads_where_it_writes
         ]
@@ -115,7 +120,7 @@ class _Splice:
         self,
         dictionary: Dictionary,
         keep: Keep | None,
-        stored: dict[str, Tensor],
+        stored: dict[str, Callable[[], Tensor]],
         edit: Edit | None,
         error_term: bool,
         gradients: bool,
@@ -133,9 +138,7 @@ class _Splice:
 
     def write(self, activation: Tensor, hook: object) -> Tensor | None:
         """The activation that takes the place of this one; None where it stays as it is."""
-        # a site may be written in place, and a graph may want what was there
-        was = activation.clone() if torch.is_grad_enabled() else activation
-        x_out = _rows(was, self.cfg.d_out, self.cfg.site_out)
+        x_out = _rows(activation, self.cfg.d_out, self.cfg.site_out)
         x_in = x_out if self.reads_where_it_writes else self._read
         self._read = None
         if x_in is None:
@@ -152,25 +155,33 @@ class _Splice:
     ) -> Float[Tensor, "batch pos d_out"] | None:
         dictionary = self.dictionary
         keep = self.positions.mask(x_in)
-        encoded = dictionary.encode(x_in)
-        if keep is not None:
-            encoded = torch.where(keep, encoded, 0)
-        latents = self._watched(encoded)
+        self._stored[self.cfg.site_out] = partial(self._encode_later, x_in.detach(), keep)
+        if self._error_term and self._edit is None and not self._gradients:
+            return None
+        encoded = self._encode(x_in, keep)
+        latents = self._recorded(encoded) if self._gradients else encoded
         edited = self._edited(latents)
         if self._error_term:
-            if edited is encoded:
-                return None
             change = edited - encoded
             written = _written(dictionary, change if keep is None else torch.where(keep, change, 0))
             return (x_out + written.to(x_out.device)).to(x_out.dtype)
         made = (dictionary.decode(edited) + dictionary.skip(x_in)).to(x_out)
         return made if keep is None else torch.where(keep.to(x_out.device), made, x_out)
 
-    def _watched(self, encoded: Float[Tensor, "batch pos d_sae"]) -> Float[Tensor, "batch pos d_sae"]:
-        """The latents as they are stored: those of the graph are a node of their own, to take a gradient."""
-        if not self._gradients:
-            self._stored[self.cfg.site_out] = encoded.detach().to_sparse()
-            return encoded
+    def _encode(
+        self, x_in: Float[Tensor, "batch pos d_in"], keep: Bool[Tensor, "batch pos 1"] | None
+    ) -> Float[Tensor, "batch pos d_sae"]:
+        encoded = self.dictionary.encode(x_in)
+        return encoded if keep is None else torch.where(keep, encoded, 0)
+
+    @torch.no_grad()
+    def _encode_later(
+        self, x_in: Float[Tensor, "batch pos d_in"], keep: Bool[Tensor, "batch pos 1"] | None
+    ) -> Float[Tensor, "batch pos d_sae"]:
+        return self._encode(x_in, keep)
+
+    def _recorded(self, encoded: Float[Tensor, "batch pos d_sae"]) -> Float[Tensor, "batch pos d_sae"]:
+        """The latents as a node of the graph of their own, which takes a gradient, and stores them."""
         if not torch.is_grad_enabled():
             raise UserError(
                 "gradients need torch to record the forward pass", "no_grad or inference_mode", "leave it"
@@ -180,7 +191,7 @@ class _Splice:
             latents.retain_grad()
         else:
             latents = encoded.detach().requires_grad_()
-        self._stored[self.cfg.site_out] = latents
+        self._stored[self.cfg.site_out] = lambda: latents
         return latents
 
     def _edited(self, latents: Float[Tensor, "batch pos d_sae"]) -> Float[Tensor, "batch pos d_sae"]:
@@ -200,18 +211,14 @@ class _Positions:
 
     def __init__(self, keep: Keep | None) -> None:
         self._keep: Any = keep
-        self._tokens: Tensor | None = None
-
-    def see(self, tokens: Tensor, hook: object) -> None:
-        """Keeps the tokens of the pass that begins."""
-        self._tokens = tokens
+        self.tokens: Tensor | None = None
 
     def mask(self, x: Float[Tensor, "batch pos d_in"]) -> Bool[Tensor, "batch pos 1"] | None:
         """The positions of this pass, on the device of `x`; None for all."""
         if self._keep is None:
             return None
         # each pass brings its own: those of an earlier one must not serve a pass without tokens
-        tokens, self._tokens = self._tokens, None
+        tokens, self.tokens = self.tokens, None
         if isinstance(self._keep, Tensor):
             mask, do = self._keep, "give a function of the tokens: generation runs on the new ones alone"
         elif tokens is None:
@@ -244,14 +251,13 @@ class _Ordinary:
 
 
 class _Latents(Mapping[str, Tensor]):
-    """Dense latents by site, made of what is stored when they are asked for."""
+    """Latents by site, computed when they are asked for."""
 
-    def __init__(self, stored: dict[str, Tensor]) -> None:
+    def __init__(self, stored: dict[str, Callable[[], Tensor]]) -> None:
         self._stored = stored
 
     def __getitem__(self, site: str) -> Tensor:
-        found = self._stored[site]
-        return found.to_dense() if found.is_sparse else found
+        return self._stored[site]()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -260,12 +266,8 @@ class _Latents(Mapping[str, Tensor]):
         return len(self._stored)
 
 
-def _edits(dictionaries: Sequence[Dictionary], edit: Edit | Mapping[str, Edit] | None) -> Mapping[str, Edit]:
-    """The edits by site, once it is sure that they and the dictionaries go together."""
-    sites = [made.cfg.site_out for made in dictionaries]
-    if twice := {site for site in sites if sites.count(site) > 1}:
-        must = "a site can be written by one dictionary only"
-        raise UserError(must, f"several at {', '.join(sorted(twice))}", "leave all but one of them out")
+def _edits(sites: Sequence[str], edit: Edit | Mapping[str, Edit] | None) -> Mapping[str, Edit]:
+    """The edits by site, once it is sure that they go with the sites that are written."""
     if edit is None:
         return {}
     if not isinstance(edit, Mapping):
@@ -300,10 +302,16 @@ def _point(points: Mapping[str, Any], site: str) -> Any:
     return points[site]
 
 
+def _see(splices: Sequence[_Splice], tokens: Tensor, hook: object) -> None:
+    """The tokens of the pass that begins."""
+    for splice in splices:
+        splice.positions.tokens = tokens
+
+
 def _rows(activation: Tensor, width: int, site: str) -> Float[Tensor, "batch pos width"]:
     """The activation with its heads concatenated, where the model keeps them apart."""
-    if activation.ndim == 4:
-        activation = activation.flatten(-2)
+    # a copy: a site may be written in place, by another splice too, and what was there is still asked for
+    activation = activation.flatten(-2).clone() if activation.ndim == 4 else activation.clone()
     if activation.shape[-1] != width:
         raise UserError(
             f"the dictionary must be as wide as the activation at {site}",

@@ -14,8 +14,8 @@ def to_saelens(dictionary: Dictionary) -> Any:
 
     It is what `sae_lens.SAE.load_from_disk` makes of the folder that `sae.save` writes, with config and
     metadata, but on the dictionary's device, and its tensors are the dictionary's own, not copies;
-    gradients are off. A batchtopk dictionary becomes the jumprelu one that it equals. At `hook_z` the object wants heads
-    apart, [..., head, d_head], as SAELens's own do.
+    gradients are off. A batchtopk dictionary becomes the jumprelu one that it equals. At `hook_z` the object
+    wants heads apart, [..., head, d_head], as SAELens's own do.
 
     Raises UserError when sae-lens is not installed, and for transcoders of an architecture that it lacks.
     """

@@ -13,6 +13,7 @@ from activations.edits import ablate, clamp, scale, steer
 from activations.hooks import spliced
 from activations.models import LanguageModel
 from activations.sites import KINDS, site_name
+from activations.splice import clean_run, spliced_final
 from sae.errors import UserError
 
 TOKENS = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -279,7 +280,7 @@ def test_steered_generation_is_the_same_with_a_cache(architecture, kind, error_t
 
 
 @torch.no_grad()
-def test_two_dtypes_and_a_view_of_the_latents_that_is_small():
+def test_a_dictionary_of_another_dtype():
     bridge = plain_bridge(dtype=torch.bfloat16)
     clean = bridge(TOKENS)
     for dtype in (torch.bfloat16, torch.float64):
@@ -289,13 +290,16 @@ def test_two_dtypes_and_a_view_of_the_latents_that_is_small():
         assert at.latents[SITE].dtype == dtype
         with spliced(bridge, made, error_term=True):
             assert torch.equal(bridge(TOKENS), clean)
-    assert at.latents._stored[SITE].is_sparse and not at.latents[SITE].is_sparse
 
 
 @pytest.mark.parametrize(
     ("build", "words"),
     [
-        (lambda b: spliced(b, [dictionary_at(), dictionary_at()]), [SITE, "one dictionary only"]),
+        (lambda b: spliced(b, [dictionary_at()] * 2), ["blocks.1.hook_out", "one dictionary only"]),
+        (
+            lambda b: spliced(b, [dictionary_at(), dictionary_at("blocks.1.hook_out")]),
+            ["one dictionary only"],
+        ),
         (lambda b: spliced(b, dictionary_at("blocks.9.hook_resid_post")), ["blocks.9", "hook points"]),
         (lambda b: spliced(b, dictionary_at("blocks.1.hook_resid_pots")), ["id you mean", SITE]),
         (lambda b: spliced(b, dictionary_at("")), ["''", "site_in"]),
@@ -331,6 +335,33 @@ def test_what_does_not_fit_is_refused_by_the_pass(bridge, options, words):
         bridge(TOKENS)
     assert all(word in str(error.value) for word in words)
     assert n_hooks(bridge) == 0
+
+
+@torch.no_grad()
+def test_watching_encodes_when_asked_and_only_then(bridge, monkeypatch):
+    made = dictionary_at("blocks.1.hook_resid_mid")
+    x = activation_at(bridge, "blocks.1.hook_resid_mid")
+    calls = []
+    encode = type(made).encode
+    monkeypatch.setattr(type(made), "encode", lambda self, x: calls.append(1) or encode(self, x))
+    with spliced(bridge, made, error_term=True) as at:
+        bridge(TOKENS)
+    assert not calls and len(at.latents) == 1
+    with spliced(bridge, made, keep="all") as at:  # which writes over the activation, in place
+        bridge(TOKENS)
+    assert torch.equal(at.latents["blocks.1.hook_resid_mid"], encode(made, x)) and len(calls) == 2
+
+
+@torch.no_grad()
+def test_losses_are_those_of_the_evaluation(bridge, tiny_model):
+    made = dictionary_at()
+    run = clean_run(tiny_model, TOKENS, [SITE])
+    x = run.acts[SITE]
+    replacement = torch.where((TOKENS > 2)[..., None], made(x), x)
+    expected = spliced_final(tiny_model, TOKENS, run, SITE, replacement)
+    with spliced(tiny_model, made):
+        assert torch.equal(tiny_model.run_body(TOKENS), expected)
+        assert torch.equal(tiny_model.bridge(TOKENS), tiny_model.unembed(expected))
 
 
 @torch.no_grad()

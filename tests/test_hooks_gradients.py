@@ -108,6 +108,18 @@ def test_weights_that_ask_for_gradients_do_not_hold_the_latents():
     assert logits.requires_grad and not at.latents[SITE].requires_grad
 
 
+def test_backward_hooks_of_the_bridge():
+    bridge = plain_bridge(
+        "gpt2", dtype=torch.float64
+    )  # whose weights ask for gradients: the bridge wants that
+    with spliced(bridge, double_at(), edit=steer(3, by=1.0), gradients=True) as at:
+        _, cache = bridge.run_with_cache(TOKENS, incl_bwd=True, return_type="loss")
+    assert at.latents[SITE].grad.any() and cache["blocks.1.hook_out_grad"].any()
+    middle = "blocks.1.hook_resid_mid"
+    with spliced(bridge, double_at(middle)), pytest.raises(UserError, match="no backward hook"):
+        bridge.run_with_cache(TOKENS, incl_bwd=True, return_type="loss")
+
+
 def test_our_own_passes_record_nothing(tiny_model: LanguageModel):
     with spliced(tiny_model, dictionary_at(), gradients=True), pytest.raises(UserError, match="record"):
         tiny_model.run_body(TOKENS)

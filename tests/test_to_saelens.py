@@ -122,7 +122,7 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
 
 
 def test_what_cannot_come_back_is_refused():
-    with pytest.raises(UserError, match="an sae_lens.SAE.*Linear"):
+    with pytest.raises(UserError, match=r"an sae_lens\.SAE.*Linear"):
         sae.from_saelens(torch.nn.Linear(2, 2))
     config = sae_lens.StandardSAEConfig(d_in=12, d_sae=40, normalize_activations="layer_norm")
     with pytest.raises(UserError, match="which no weights can do"):
