@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -131,6 +131,12 @@ class Dictionary(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Reconstructs activations, in their own dtype."""
         return (self.decode(self.encode(x)) + self.skip(x)).to(x.dtype)
+
+    def to_saelens(self) -> Any:
+        """The same dictionary as a live object of the package sae-lens; see `sae.saelens_object`."""
+        from sae.saelens_object import to_saelens  # late: that module needs this one
+
+        return to_saelens(self)
 
     def extra_repr(self) -> str:
         cfg = self.cfg

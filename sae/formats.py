@@ -33,8 +33,8 @@ _NAMES = {
 def save(dictionary: Dictionary, path: Path | str) -> None:
     """Writes a dictionary's folder: each file whole or absent, the config last."""
     folder = make_folder(path)
-    save_tensors(folder / WEIGHTS, _turned(dictionary.state_dict()), {"format": "jumpscope"})
-    write_json(folder / CONFIG, _to_saelens(dictionary))
+    save_tensors(folder / WEIGHTS, turned(dictionary.state_dict()), {"format": "jumpscope"})
+    write_json(folder / CONFIG, saelens_config(dictionary))
 
 
 def load(path: Path | str, *, device: str = "cpu") -> Dictionary:
@@ -49,7 +49,7 @@ def load(path: Path | str, *, device: str = "cpu") -> Dictionary:
         return _from_dialect(path, device)
     cfg = _read_config(folder / CONFIG)
     tensors = load_tensors(folder / WEIGHTS, device)
-    return build(cfg, _turned(tensors), source=str(folder / WEIGHTS))
+    return build(cfg, turned(tensors), source=str(folder / WEIGHTS))
 
 
 def _is_foreign(config: Any) -> bool:
@@ -71,12 +71,13 @@ def _from_dialect(path: Path | str, device: str) -> Dictionary:
     return build(DictionaryConfig(**parts.cfg), tensors, source=parts.source)
 
 
-def _turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def turned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """SAELens keeps `W_skip` as [d_out, d_in]; both ways."""
     return {name: tensor.T if name == "W_skip" else tensor for name, tensor in tensors.items()}
 
 
-def _to_saelens(dictionary: Dictionary) -> dict[str, Any]:
+def saelens_config(dictionary: Dictionary) -> dict[str, Any]:
+    """cfg.json: SAELens's keys and names, and all of ours under metadata.jumpscope."""
     cfg = dictionary.cfg
     values: dict[str, Any] = {
         "architecture": _NAMES[cfg.architecture][cfg.transcoder + cfg.skip],
