@@ -41,12 +41,19 @@ def weights(run):
     }
 
 
+def files(folder):
+    """The bytes of each file within."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def assert_same(run, other):
-    """Both are done, with the same weights and metrics to the last bit, and hold nothing else."""
+    """Both are done, with the same weights, probes and metrics to the last bit, and hold nothing else."""
     mine, theirs = weights(run), weights(other)
     assert mine.keys() == theirs.keys()
     for key, tensor in theirs.items():
         assert torch.equal(mine[key], tensor), key
+    mine, theirs = files(run / "sites"), files(other / "sites")
+    assert len(theirs) == 3 * len(RunFolder.open(other).sites()) and mine == theirs
     assert (run / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
     assert RunFolder.open(run).state() == "done"
     assert sorted(path.name for path in run.iterdir()) == [".lock", "metrics.jsonl", "run.json", "sites"]
