@@ -65,6 +65,10 @@ class Probe:
     b_dec: Float64[Tensor, " d_out"]
     skipped: Float64[Tensor, "row d_out"] | None = None
     """What the skip adds."""
+    magnitudes: Float64[Tensor, "row 4"]
+    """What rounding is measured by: the largest sum of a row with the terms' magnitudes for the terms, among
+    its pre-activations, its activations, `decoded` and `skipped`.
+    """
 
     @property
     def reconstruction(self) -> Float64[Tensor, "row d_out"]:
@@ -91,7 +95,7 @@ class Probe:
 def make_probe(
     dictionary: Dictionary,
     rows_in: Float[Tensor, "row d_in"],
-    rows_out: Float[Tensor, "row d_out"] | None = None,
+    rows_out: Float[Tensor, "row_out d_out"] | None = None,
 ) -> Probe:
     """What the dictionary computes on a few of the rows, spread over all that are given.
 
@@ -126,6 +130,7 @@ def make_probe(
         decoded=part.decode(activations),
         b_dec=part.b_dec.detach(),
         skipped=skipped if isinstance(skipped, Tensor) else None,
+        magnitudes=_magnitudes(part, exact, activations),
     )
 
 
@@ -160,31 +165,26 @@ def differences(dictionary: Dictionary, probe: Probe) -> list[str]:
     if set(changed) & set(SHAPING):
         return [phrase for phrase in found if phrase]
     part, x, acts = _part(dictionary, probe.latents), probe.rows_in.double(), probe.activations
-    # with the terms' magnitudes in place of the terms: what the rounding of their sums is measured by
-    sizes = _of_magnitudes(part)
-    pre, reach = part.pre_activations(x), sizes.pre_activations(x.abs())
-    slack = _rounding(part.cfg.d_in, reach)
-    threshold = _threshold(part)
+    d_in, sampled = part.cfg.d_in, len(probe.latents)
+    terms = torch.tensor([d_in, d_in, sampled, d_in])
+    slack = (_rounding(terms) * probe.magnitudes).T.unsqueeze(-1)
+    pre, threshold = part.pre_activations(x), _threshold(part)
     encodes = [
-        _differing("encoder: pre-activations", pre, probe.pre, slack),
+        _differing("encoder: pre-activations", pre, probe.pre, slack[0]),
         _differing("threshold: thresholds", threshold, probe.threshold),
     ]
     if not any(encodes):
-        reach = sizes.encode(x.abs()) if isinstance(part, Gated) else reach
         # rounding may decide a gate that stands at its edge
-        made = torch.where((pre - _edge(part, acts)).abs() <= slack, acts, part.encode(x))
-        encodes.append(_differing("gate: activations", made, acts, _rounding(part.cfg.d_in, reach)))
-    shift = part.b_dec - probe.b_dec
-    slack = _rounding(len(probe.latents), sizes.decode(acts) + shift.abs())
+        made = torch.where((pre - _edge(part, acts)).abs() <= slack[0], acts, part.encode(x))
+        encodes.append(_differing("gate: activations", made, acts, slack[1]))
+    shift, skipped = part.b_dec - probe.b_dec, part.skip(x)
     found += [
         *encodes,
-        _differing("decoder: reconstructions", part.decode(acts) - shift, probe.decoded, slack),
+        _differing("decoder: reconstructions", part.decode(acts) - shift, probe.decoded, slack[2]),
         _differing("b_dec: values", part.b_dec, probe.b_dec),
     ]
-    skipped, reach = part.skip(x), sizes.skip(x.abs())
-    if isinstance(skipped, Tensor) and isinstance(reach, Tensor):
-        slack = _rounding(part.cfg.d_in, reach)
-        found.append(_differing("W_skip: what the skip adds", skipped, probe.skipped, slack))
+    if isinstance(skipped, Tensor):
+        found.append(_differing("W_skip: what the skip adds", skipped, probe.skipped, slack[3]))
     return [phrase for phrase in found if phrase]
 
 
@@ -208,32 +208,39 @@ def _spread(n: int, count: int) -> Int64[Tensor, " chosen"]:
     return torch.arange(chosen) * n // max(chosen, 1)
 
 
-def _part(
-    dictionary: Dictionary, which: Int64[Tensor, " sampled"] | slice, *, encoder_only: bool = False
-) -> Dictionary:
+def _part(dictionary: Dictionary, latents: Int64[Tensor, " sampled"]) -> Dictionary:
     """Some of the latents as a dictionary of their own, on the CPU and in fp64."""
     tensors = {name: tensor.detach() for name, tensor in dictionary.named_parameters()}
-    cfg, device = dictionary.cfg, tensors["b_dec"].device
-    where = which if isinstance(which, slice) else which.to(device)
-    whole = ("b_dec", "W_skip")
-    if encoder_only:
-        tensors.pop("W_skip", None)
-        cfg = dataclasses.replace(cfg, skip=False, d_out=1)
-        tensors |= {"W_dec": torch.zeros(cfg.d_sae, 1), "b_dec": torch.zeros(1)}
-    taken = {
-        name: (tensor if name in whole else tensor[:, where] if name == "W_enc" else tensor[where])
-        .cpu()
-        .double()
-        for name, tensor in tensors.items()
-    }
+    where, whole = latents.to(tensors["b_dec"].device), ("b_dec", "W_skip")
+    # not tensor[:, where]: that takes three times as long
+    taken = {n: t if n in whole else t.index_select(int(n == "W_enc"), where) for n, t in tensors.items()}
+    return _of_size(dictionary.cfg, len(latents), taken)
+
+
+def _encoder(dictionary: Dictionary, latents: slice) -> Dictionary:
+    """Some of the latents as `_part` has them, that write nothing."""
+    tensors = {name: tensor.detach() for name, tensor in dictionary.named_parameters() if name != "W_skip"}
+    one = tensors["b_dec"][:1].cpu()
+    taken = {n: t[:, latents] if n == "W_enc" else t[latents] for n, t in tensors.items()}
     n = taken["W_enc"].shape[1]
-    return build(dataclasses.replace(cfg, d_sae=n, k=min(cfg.k, n)), taken)
+    cfg = dataclasses.replace(dictionary.cfg, skip=False, d_out=1)
+    return _of_size(cfg, n, taken | {"W_dec": one.expand(n, 1), "b_dec": one})
 
 
-def _of_magnitudes(part: Dictionary) -> Dictionary:
-    """The dictionary with magnitudes in place of all weights that enter sums."""
-    tensors = {n: t if n == "r_mag" else t.detach().abs() for n, t in part.named_parameters()}
-    return build(part.cfg, tensors)
+def _of_size(cfg: DictionaryConfig, n: int, tensors: dict[str, Tensor]) -> Dictionary:
+    cfg = dataclasses.replace(cfg, d_sae=n, k=min(cfg.k, n))
+    return build(cfg, {name: tensor.cpu() for name, tensor in tensors.items()}).double()
+
+
+def _magnitudes(
+    part: Dictionary, x: Float64[Tensor, "row d_in"], acts: Float64[Tensor, "row sampled"]
+) -> Float64[Tensor, "row 4"]:
+    tensors = {n: t if n == "r_mag" else t.abs() for n, t in part.named_parameters()}
+    sizes = build(part.cfg, tensors)
+    pre, skipped = sizes.pre_activations(x.abs()), sizes.skip(x.abs())
+    sums = [pre, sizes.encode(x.abs()) if isinstance(part, Gated) else pre, sizes.decode(acts)]
+    sums.append(skipped if isinstance(skipped, Tensor) else torch.zeros_like(pre))
+    return torch.stack([each.amax(1) for each in sums], dim=1)
 
 
 def _encode(
@@ -242,7 +249,7 @@ def _encode(
     """Of all latents: margins over the threshold where there is one, else pre-activations; activations."""
     margins, acts = [], []
     for start in range(0, dictionary.cfg.d_sae, _COLUMNS):
-        part = _part(dictionary, slice(start, start + _COLUMNS), encoder_only=True)
+        part = _encoder(dictionary, slice(start, start + _COLUMNS))
         pre, threshold = part.pre_activations(x.double()), _threshold(part)
         margins.append(pre if threshold is None else pre - threshold)
         acts.append(part.encode(x.double()))
@@ -283,27 +290,29 @@ def _edge(part: Dictionary, acts: Float64[Tensor, "row sampled"]) -> Float64[Ten
     return 0.0 if isinstance(part, Gated) else torch.where(acts > 0, acts, torch.inf).amin(1, keepdim=True)
 
 
-def _rounding(terms: int, magnitudes: Float64[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
-    """By how much two sums of so many terms may differ; the eight are what is done before and after them."""
-    return 2 * (terms + 8) * 2.0**-53 * magnitudes
+def _rounding(terms: Int64[Tensor, " sums"]) -> Float64[Tensor, " sums"]:
+    """By how much of their magnitudes two sums of so many terms may differ; the eight are what is done before
+    and after them.
+    """
+    return 2 * (terms.double() + 8) * 2.0**-53
 
 
 def _differing(
     what: str,
     found: Float64[Tensor, "*shape"] | None,
     expected: Float64[Tensor, "*shape"] | None,
-    allowed: Float64[Tensor, "*shape"] | None = None,
+    allowed: Float64[Tensor, "row 1"] | None = None,
 ) -> str | None:
     """A phrase about values that differ by more than is allowed: by default, at all."""
     if found is None or expected is None:
         return None
     gap = (found - expected).abs()
-    excess = gap - (torch.zeros_like(gap) if allowed is None else allowed)
-    wrong = excess > 0
+    bounds = torch.zeros_like(gap) if allowed is None else allowed.expand_as(gap)
+    wrong = gap > bounds
     if not wrong.any():
         return None
-    worst = int(excess.argmax())
-    bound = 0.0 if allowed is None else float(allowed.flatten()[worst])
+    worst = int((gap - bounds).argmax())
+    bound = float(bounds.flatten()[worst])
     here, there, off = (float(tensor.flatten()[worst]) for tensor in (found, expected, gap))
     return (
         f"{what} differ in {int(wrong.sum()):,} of {wrong.numel():,}, by up to {off:.3g} where rounding "

@@ -31,6 +31,7 @@ _AXES: dict[str, tuple[str, ...]] = {
     "decoded": ("row", "d_out"),
     "b_dec": ("d_out",),
     "skipped": ("row", "d_out"),
+    "magnitudes": ("row", "sums"),
 }
 _OPTIONAL = {"rows_out", "threshold", "skipped"}
 _WHOLE = {"l0": torch.int64, "latents": torch.int64}
@@ -77,7 +78,7 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], conventions: dict[str
     sizes: dict[str, Any] = {name: conventions.get(name) for name in SHAPING}
     if [type(size) for size in sizes.values()] != [int, int, int, bool]:
         raise _damaged(path, f"the sizes {sizes}"[:200])
-    sizes |= {"row": tensors["l0"].numel(), "sampled": tensors["latents"].numel()}
+    sizes |= {"row": tensors["l0"].numel(), "sampled": tensors["latents"].numel(), "sums": 4}
     for name, tensor in tensors.items():
         kinds = _ROW_KINDS if name.startswith("rows") else (_WHOLE.get(name, torch.float64),)
         shape = tuple(sizes[axis] for axis in _AXES[name])

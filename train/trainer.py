@@ -110,8 +110,9 @@ class _Training:
         # one for all sites: they share its buffers
         self.kernel = make_kernel(choose_kernel(rows.device, config.kernel))
         self.trainers: dict[str, SiteTrainer] = {}
-        self.probe_rows: dict[str, Tensor] = {}
-        """A few rows of each site. From the start on they are the same, so that a resume changes no byte."""
+        self.probe_rows: dict[str, dict[str, Tensor]] = {}
+        """A few rows of each site, as a checkpoint has them: the same from the start on, so that a resume
+        changes no byte of a probe."""
         self.position: RingPosition | None = None
         self.step = self.logged = 0
         """Steps made, and the one that was logged last."""
@@ -129,7 +130,7 @@ class _Training:
         for site, moments in ring.statistics.items():
             first = ring.first_rows(site, _FIRST_ROWS)
             made[site] = SiteTrainer.begin(self.config, site, moments, first, self.kernel)
-            self.probe_rows[site] = spread_rows(first).cpu()
+            self.probe_rows[site] = {_PROBE_ROWS: spread_rows(first).cpu()}
         self.trainers = made
 
     def make_step(self, batch: RingBatch) -> None:
@@ -169,8 +170,7 @@ class _Training:
             return
         try:
             tensors = (
-                (site, {**trainer.tensors(), _PROBE_ROWS: self.probe_rows[site]})
-                for site, trainer in self.trainers.items()
+                (site, trainer.tensors() | self.probe_rows[site]) for site, trainer in self.trainers.items()
             )
             write_checkpoint(self.run.path, self.step, tensors, self._state(self.position))
         except (UserError, OSError) as error:
@@ -182,7 +182,8 @@ class _Training:
         refuse_other_circumstances(state, self._circumstances())
         for site in self.rows.ring.widths:
             tensors, numbers = checkpoint.tensors(site), state["sites"][site]
-            self.probe_rows[site] = tensors.pop(_PROBE_ROWS).clone()
+            # checkpoints of older versions have none, and their dictionaries get no probe
+            self.probe_rows[site] = {n: t.clone() for n, t in tensors.items() if n == _PROBE_ROWS}
             self.trainers[site] = SiteTrainer.resume(
                 self.config, site, tensors, numbers, self.kernel, self.rows.device
             )
@@ -203,7 +204,8 @@ class _Training:
                 context=self.config.context,
                 l0_target=self.config.l0,
             )
-            sae.save(trainer.dictionary(cfg), self.run.site_dir(site), probe=self.probe_rows[site])
+            probe = self.probe_rows[site].get(_PROBE_ROWS)
+            sae.save(trainer.dictionary(cfg), self.run.site_dir(site), probe=probe)
 
     def record(self, state: str) -> None:
         """Writes the run's state and totals into its run.json."""
