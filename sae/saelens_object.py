@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from sae.architectures import build
-from sae.dictionary import Dictionary, DictionaryConfig
+from sae.dialects import saelens
+from sae.dialects.found import Found
+from sae.dictionary import Dictionary
 from sae.errors import UserError
-from sae.formats import saelens_config, turned
 
 
 def to_saelens(dictionary: Dictionary) -> Any:
@@ -20,7 +20,7 @@ def to_saelens(dictionary: Dictionary) -> Any:
     Raises UserError when sae-lens is not installed, and for transcoders of an architecture that it lacks.
     """
     registry = _installed().registry.SAE_CLASS_REGISTRY
-    config = saelens_config(dictionary)
+    config = saelens.config_of(dictionary)
     name = config["architecture"]
     if name not in registry:
         raise UserError(
@@ -31,7 +31,7 @@ def to_saelens(dictionary: Dictionary) -> Any:
     made_class, config_class = registry[name]
     # on no device at first: it would fill weights of its own
     made = made_class(config_class.from_dict(config | {"device": "meta"}))
-    made.load_state_dict(turned(dictionary.state_dict()), assign=True)
+    made.load_state_dict(saelens.tensors_of(dictionary), assign=True)
     device = dictionary.W_enc.device
     made.cfg.device, made.device = str(device), device
     return made.requires_grad_(False).eval()
@@ -46,16 +46,16 @@ def from_saelens(theirs: Any) -> Dictionary:
     if not isinstance(theirs, _installed().SAE):
         must = "from_saelens takes an sae_lens.SAE"
         raise UserError(must, type(theirs).__name__, "sae.load opens folders and hub ids")
-    from sae.dialects import saelens  # late: few dictionaries need them
-    from sae.dialects.found import Found
-
-    config = theirs.cfg.to_dict()
     label = f"a live {type(theirs).__name__}"
     found = Found(
-        path=Path(label), kind="safetensors", tensors=theirs.state_dict(), config=config, label=label
+        # in a folder that is not there, so that nobody's probe lies beside it
+        path=Path(label) / saelens.WEIGHTS,
+        kind="safetensors",
+        tensors=theirs.state_dict(),
+        config=theirs.cfg.to_dict(),
+        label=label,
     )
-    parts = saelens.read(found)
-    return build(DictionaryConfig(**parts.cfg), parts.tensors, source=label)
+    return saelens.read(found).dictionary
 
 
 def _installed() -> Any:
