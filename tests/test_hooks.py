@@ -267,13 +267,13 @@ def test_steered_generation_is_the_same_with_a_cache(architecture, kind, error_t
     model = wrapped_model(architecture)
     site = site_name(1, kind)
     made = dictionary_at(site, d_in=model.site_width(site))
-    args = {"max_new_tokens": 12, "do_sample": False, "verbose": False, "stop_at_eos": False}
+    args = {"max_new_tokens": 6, "do_sample": False, "verbose": False, "stop_at_eos": False}
     plain = model.bridge.generate(TOKENS, **args)
     with spliced(model, made, error_term=error_term, edit=steer(3, 7, by=20.0)) as at:
         cached = model.bridge.generate(TOKENS, **args)
         assert at.latents[site].shape == (2, 1, D_SAE)
         whole = model.bridge.generate(TOKENS, use_past_kv_cache=False, **args)
-        assert at.latents[site].shape == (2, 20, D_SAE)
+        assert at.latents[site].shape == (2, 14, D_SAE)
     assert torch.equal(cached, whole)
     assert not torch.equal(cached, plain)
     assert torch.equal(model.bridge.generate(TOKENS, **args), plain)
