@@ -98,7 +98,7 @@ def read_json(path: Path | str) -> Any:
         raise UserError(
             f"{path} must be a file that can be read", f"{error.strerror}", "check the path"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} must hold JSON", str(error), "restore the file or write it again") from error
 
 

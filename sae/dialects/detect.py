@@ -84,6 +84,9 @@ def _read(path: Path, label: str) -> Parts:
 
 def _weights_in(folder: Path) -> Path:
     """The one file of a folder that holds a dictionary."""
+    if not folder.is_dir():
+        # a pipe or a device would be waited for, or read without end
+        raise UserError("a dictionary must be a folder or a file", f"{folder} is neither", "check the path")
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES)
     chosen = [path for path in files if not _is_sparsity(path)]
     if len(chosen) == 1:

@@ -46,8 +46,11 @@ class Values:
         return found
 
     def number(self, *names: str) -> float | None:
-        """A number; None when none is there."""
+        """A finite number; None when none is there."""
         found = self._get(names, (int, float), None)
+        # the comparison takes whole numbers of any length, and no NaN
+        if found is not None and not abs(found) < 1e300:
+            raise wrong(self.source, f"{names[0]} must be finite", f"{found!r:.60}")
         return None if found is None else float(found)
 
     def flag(self, name: str, default: bool) -> bool:
