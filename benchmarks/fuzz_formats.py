@@ -11,6 +11,7 @@ connection outside the folder. The last line is JSON.
 """
 
 import argparse
+import io
 import json
 import multiprocessing
 import os
@@ -38,8 +39,9 @@ from sae import dialects
 from sae.dialects.parts import Parts, make_parts, shapes
 from sae.errors import UserError
 
-_SECONDS, _PATIENCE, _ROOM = 10, 300, 2**30
+_SECONDS, _PATIENCE, _ROOM = 10, 120, 2**30
 """CPU seconds a case may take; seconds without an answer; bytes that the process may grow by."""
+_SITE = "blocks.5.hook_resid_post"
 _PAIR = ("blocks.5.mlp.hook_in", "blocks.5.hook_mlp_out")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _FORBIDDEN = {
@@ -75,6 +77,35 @@ def valid_folders() -> list[Files]:
                 own = Path(temporary) / f"{architecture}{transcoder}"
                 sae.save(sae.build(sae.DictionaryConfig(**made.cfg), made.tensors), own)
                 found.append(_files(own))
+    return found + _older(found)
+
+
+def _older(folders: list[Files]) -> list[Files]:
+    """Layouts that others write and we only read: scales and biases to fold, the flat config, AutoEncoder."""
+    found: list[Files] = []
+    for files in folders:
+        if "sae_weights.safetensors" in files:
+            values = json.loads(files["cfg.json"])
+            values["metadata"].pop("jumpscope", None)
+            scaled = {"normalize_activations": "expected_average_only_in", "norm_scaling_factor": 2.0}
+            values |= scaled | {"apply_b_dec_to_input": True}
+            found.append(files | {"cfg.json": json.dumps(values).encode()})
+            flat = {
+                "hook_point": _SITE,
+                "context_size": 64,
+                "normalize_activations": False,
+                "d_in": 6,
+                "d_sae": 20,
+            }
+            found.append(files | {"cfg.json": json.dumps(flat).encode()})
+        elif "ae.pt" in files:
+            arrays = torch.load(io.BytesIO(files["ae.pt"]), weights_only=True)
+            if "decoder.bias" in arrays:
+                arrays["bias"] = arrays.pop("decoder.bias")
+                buffer = io.BytesIO()
+                torch.save(arrays, buffer)
+                config = files["config.json"].replace(b"AutoEncoderNew", b"AutoEncoder")
+                found.append({"ae.pt": buffer.getvalue(), "config.json": config})
     return found
 
 
@@ -88,7 +119,7 @@ def _parts(architecture: str, transcoder: bool) -> Parts:
     tensors = {name: torch.randn(shape, generator=made) for name, shape in shapes(names).items()}
     if "threshold" in tensors:
         tensors["threshold"] = torch.full((20,), 0.3)
-    sites = _PAIR if transcoder else ("blocks.5.hook_resid_post",) * 2
+    sites = _PAIR if transcoder else (_SITE, _SITE)
     fields = {"k": 4 if "topk" in architecture else 0, "model": "google/gemma-3-270m", "context": 128}
     return make_parts(
         architecture, tensors, source="a", dialect="a", site_in=sites[0], site_out=sites[1], **fields
@@ -232,7 +263,8 @@ def run(first: int, cases: int, seconds: float) -> dict[str, Any]:
             answer = "started"
             try:
                 while answer != "end" and time.monotonic() - began < seconds:
-                    if not ours.poll(_PATIENCE):
+                    # by turns and not by the clock: a machine that is put to sleep is no hang
+                    if not any(ours.poll(1) for _ in range(_PATIENCE)):
                         raise EOFError
                     at, answer = ours.recv()
                     if answer in ("opened", "refused"):

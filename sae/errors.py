@@ -15,7 +15,8 @@ class UserError(ValueError):
 
 
 def _sentence(text: str) -> str:
-    text = text.strip()
+    # what a hostile file holds must not keep its own refusal from being shown
+    text = text.strip().encode("utf-8", "backslashreplace").decode()
     return text if text.endswith((".", "!", "?")) else text + "."
 
 

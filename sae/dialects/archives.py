@@ -134,6 +134,9 @@ def _members(path: Path) -> list[zipfile.ZipInfo]:
         check_name(name, path)
     if len(names) != len(set(names)) or len(names) > _NAMES:
         raise _unsafe(path, "an archive's names must be few and each there once", f"{len(names)} names")
+    # a reader takes as much memory as a member says that it holds
+    if sum(info.compress_size for info in members) > path.stat().st_size:
+        raise _unsafe(path, "members must not overlap", "more bytes than the file has")
     return members
 
 
@@ -181,10 +184,10 @@ def _read_npy(stream: Any, size: int, where: str) -> Tensor:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     members, size = _members(path), path.stat().st_size
-    if any(info.compress_type != zipfile.ZIP_STORED for info in members):
+    if any(
+        info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in members
+    ):
         raise _unsafe(path, "torch.save does not compress", "compressed members")
-    if sum(info.file_size for info in members) > size:
-        raise _unsafe(path, "members must not overlap", "more bytes than the file has")
     with _reading(path):
         _check_storages(path, {info.filename: info.file_size for info in members})
         loaded = torch.load(path, map_location="cpu", weights_only=True)

@@ -16,7 +16,7 @@ from sae.dialects import (
 )
 from sae.dialects.card import card
 from sae.dialects.found import Found
-from sae.dialects.parts import Parts
+from sae.dialects.parts import Parts, check_dtype
 from sae.errors import UserError
 from sae.files import atomic_write, make_folder
 
@@ -65,10 +65,13 @@ def _read(path: Path, label: str) -> Parts:
     if path.is_file():
         label = label.rpartition("/")[0]
     config = next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)
+    tensors = archives.read_arrays(weights, kind)
+    for name, tensor in tensors.items():
+        check_dtype(name, tensor, str(weights))
     found = Found(
         path=weights,
         kind=kind,
-        tensors=archives.read_arrays(weights, kind),
+        tensors=tensors,
         config=None if config is None else archives.read_config(config),
         label=label,
     )

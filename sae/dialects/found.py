@@ -75,6 +75,9 @@ class Values:
                 continue
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise wrong(self.source, f"{name} must be of type {_name(kind)}", f"{value!r:.60}")
+            # it goes to files and terminals: no control characters, and nothing that UTF-8 cannot say
+            if isinstance(value, str) and not value.isprintable():
+                raise wrong(self.source, f"{name} must be plain text", f"{value!r:.60}")
             return value
         return default
 
