@@ -240,6 +240,9 @@ def test_biases_that_would_be_spread(tmp_path):
     one = torch.ones(1)
     make.saelens(tmp_path / "a", "standard", make.plain() | {"b_enc": one}, apply_b_dec_to_input=True)
     refuses(tmp_path / "a", r"b_enc must have shape \(20,\)")
+    without = {name: tensor for name, tensor in make.plain().items() if name != "b_enc"}
+    make.saelens(tmp_path / "none", "standard", without, apply_b_dec_to_input=True)
+    refuses(tmp_path / "none", r"b_enc must have shape \(20,\)\. Found: no such tensor")
     for folder, name in (("b", "AutoEncoderTopK"), ("c", "AutoEncoder")):
         make.dictionary_learning(tmp_path / folder, name)
         arrays = torch.load(tmp_path / folder / "ae.pt", weights_only=True)

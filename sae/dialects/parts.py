@@ -154,9 +154,10 @@ def shift_input(tensors: dict[str, Tensor], sign: int, source: str) -> dict[str,
         found = f"{tuple(tensors['b_dec'].shape)}, {tuple(W_enc.shape)}"
         raise wrong(source, "b_dec must be as wide as W_enc", found)
     # a bias of one number would be spread over all latents here, and fit afterwards
-    for name in ("b_enc", "b_gate", "b_mag", "r_mag"):
-        if name in tensors and tensors[name].shape != W_enc.shape[1:]:
-            raise wrong(source, f"{name} must have shape {tuple(W_enc.shape[1:])}", _shape(tensors[name]))
+    for name in ("b_gate", "b_mag", "r_mag") if "r_mag" in tensors else ("b_enc",):
+        if name not in tensors or tensors[name].shape != W_enc.shape[1:]:
+            must = f"{name} must have shape {tuple(W_enc.shape[1:])}"
+            raise wrong(source, must, _shape(tensors.get(name)))
     bias = sign * tensors["b_dec"]
     if not bias.any():
         return tensors
