@@ -25,7 +25,7 @@ def module(name: str) -> types.ModuleType:
     package = name.partition(".")[0]
     if package not in sys.modules:
         found = importlib.util.find_spec(package)
-        assert found is not None, f"{package} must be installed: `make setup-dev`"
+        assert found is not None, f"{package} must be installed: `make lint` installs it"
         bare = types.ModuleType(package)
         bare.__path__ = list(found.submodule_search_locations or ())
         sys.modules[package] = bare

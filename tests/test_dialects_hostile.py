@@ -256,6 +256,24 @@ def test_biases_that_would_be_spread(tmp_path):
     refuses(tmp_path / "layers.5", "W_enc must be a matrix")
 
 
+@pytest.mark.parametrize("claim", [b"r\xff\xff\xff\x3f", b"\x96" + b"\xff" * 7 + b"\x3f", b" " * 2**20])
+def test_pickles_that_claim_memory(tmp_path, claim):
+    # an object kept as the billionth; a bytearray of 2^62 bytes; a megabyte of pickle
+    make.dictionary_learning(tmp_path, "JumpReluAutoEncoder")
+    path = tmp_path / "ae.pt"
+    with zipfile.ZipFile(path) as whole:
+        members = [(info.filename, whole.read(info)) for info in whole.infolist()]
+    archive(path, [(n, d[:3] + claim + d[3:] if n.endswith("data.pkl") else d) for n, d in members])
+    with pytest.raises(UserError) as error:
+        dialects.read(tmp_path)
+    assert not isinstance(error.value.__cause__, MemoryError)
+    assert (
+        "number its objects" in str(error.value)
+        or "whole file" in str(error.value)
+        or "small" in str(error.value)
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.bool, torch.complex64])
 def test_numbers_of_other_kinds(tmp_path, dtype):
     make.sparsify(tmp_path / "layers.5")

@@ -258,6 +258,11 @@ def test_a_fold_of_narrow_weights_keeps_its_digits(tmp_path):
             "google/gemma-scope-2b-pt-res",
             "layer_20/width_16k/canonical",
         ),
+        (
+            "https://huggingface.co/google/gemma-scope-2b-pt-res/tree/main/layer_20/width_16k/average_l0_71",
+            "google/gemma-scope-2b-pt-res",
+            "layer_20/width_16k/average_l0_71",
+        ),
         ("gemma-scope-2-4b-it-res-all:layer_0_w", "google/gemma-scope-2-4b-it", "resid_post_all/layer_0_w"),
         (
             "gemma-scope-2-27b-it-transcoders:transcoder/layer_16_w",
@@ -280,6 +285,10 @@ def test_ids_that_are_close():
     assert choose_folder(Id("a/b", "x/canonical"), tied).endswith("_136")
     with pytest.raises(UserError, match="Did you mean layer_20/width_16k/average_l0_71"):
         choose_folder(Id("a/b", "layer_20/width_16k/average_l0_72"), folders)
+    with pytest.raises(UserError, match=r"mean layer_20/width_16k/average_l0_139 or [^?]*average_l0_22 or"):
+        choose_folder(Id("a/b", "layer_20"), folders)
+    with pytest.raises(UserError, match="Did you mean google/gemma-scope-2b-pt-res/layer_20/x"):
+        parse_id("gemma-scope-2b-pt-res/layer_20/x")
     with pytest.raises(UserError, match="Did you mean gemma-scope-2b-pt-res"):
         parse_id("gemma-scope-2b-pt-ress:layer_20/width_16k/canonical")
     for text in (

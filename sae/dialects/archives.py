@@ -7,6 +7,7 @@ held against its size.
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ _RATIO, _SLACK = 20, 2**20
 """An .npz may unpack to this many times its size plus this many bytes: weights hardly compress."""
 _LONGEST_HEADER = 10_000
 _LARGEST_CONFIG = 16 * 2**20
+_LONGEST_PICKLE = 2**20
 _STORAGES = {
     "DoubleStorage": 8,
     "FloatStorage": 4,
@@ -237,7 +239,15 @@ def _check_storages(path: Path, sizes: dict[str, int]) -> None:
     # torch takes a storage's length from the pickle and not from its member: a lie reads foreign memory
     with zipfile.ZipFile(path) as archive:
         main = next(name for name in sizes if name.rpartition("/")[2] == "data.pkl")
-        walk = _Storages(io.BytesIO(archive.read(main)))
+        if sizes[main] > _LONGEST_PICKLE:
+            raise _unsafe(path, "the pickle of some tensors must be small", format_size(sizes[main]))
+        content = archive.read(main)
+        # the unpickler makes room for as many objects as the highest number that one is kept under
+        if any(
+            "PUT" in code.name and not 0 <= at < len(content) for code, at, _ in pickletools.genops(content)
+        ):
+            raise _unsafe(path, "a pickle must number its objects in order", "a number beyond its length")
+        walk = _Storages(io.BytesIO(content))
         walk.load()
         if archive.testzip() is not None:
             raise _unsafe(path, "checksums must be right", "a wrong one")
