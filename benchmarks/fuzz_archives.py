@@ -13,6 +13,28 @@ import torch
 from benchmarks.fuzz_bytes import BYTES, HARM, WORDS, Payload, changed, flip, place
 
 _DESCRIPTIONS = "<f8 >f4 <f2 <i4 |b1 |u1 |O <U5 |S4 <c8 <M8[s] |V4 <f16 f4 =f4 <f3".split()
+_OPCODES = (
+    *(
+        b"K\x00",
+        b"K\xff",
+        b"M\xff\xff",
+        b"J\xff\xff\xff\x7f",
+        b"J\xff\xff\xff\xff",
+        b".",
+        b"R",
+        b"b",
+        b"(",
+        b"t",
+    ),
+    *(b"}", b"]", b"0", b"2", b"Q", b"c__builtin__\neval\n", b"cos\nsystem\n"),
+    *(b"r\xff\xff\xff\x7f", b"p999999999\n"),
+    *(bytes([op]) + b"\xff" * 7 + b"\x3f" for op in b"\x8a\x8d\x8e\x95\x96"),
+)
+"""Numbers, ends, calls and lookups of a pickle, and what claims memory."""
+_REBUILDERS = (
+    *(b"_rebuild_parameter", b"_rebuild_sparse_tensor", b"_rebuild_qtensor"),
+    b"_rebuild_meta_tensor_no_storage",
+)
 
 
 def _members(data: bytes) -> list[tuple[str, bytes]]:
@@ -225,29 +247,7 @@ def _opcodes(data: bytes, rng: random.Random) -> bytes:
         content = content.replace(b"FloatStorage", new, rng.choice((1, 99)))
     elif way == 2:
         spot = place(len(content), rng)
-        numbers = (
-            b"K\x00",
-            b"K\xff",
-            b"M\xff\xff",
-            b"J\xff\xff\xff\x7f",
-            b"J\xff\xff\xff\xff",
-            b"\x8a\x08" + b"\xff" * 7 + b"\x7f",
-        )
-        ops = (
-            b".",
-            b"R",
-            b"b",
-            b"(",
-            b"t",
-            b"}",
-            b"]",
-            b"0",
-            b"2",
-            b"Q",
-            b"c__builtin__\neval\n",
-            b"cos\nsystem\n",
-        )
-        content = content[:spot] + rng.choice(numbers + ops) + content[spot + rng.randrange(3) :]
+        content = content[:spot] + rng.choice(_OPCODES) + content[spot + rng.randrange(3) :]
     elif way == 3:
         content = content.replace(
             b"K\x06",
@@ -257,14 +257,7 @@ def _opcodes(data: bytes, rng: random.Random) -> bytes:
     elif way == 4:
         content = content.replace(
             b"_rebuild_tensor_v2",
-            rng.choice(
-                (
-                    b"_rebuild_parameter",
-                    b"_rebuild_sparse_tensor",
-                    b"_rebuild_qtensor",
-                    b"_rebuild_meta_tensor_no_storage",
-                )
-            ),
+            rng.choice(_REBUILDERS),
             1,
         )
     else:

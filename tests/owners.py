@@ -1,4 +1,5 @@
-"""The owners' own code: the modules of their packages that hold dictionaries, without what else they import.
+"""The owners' own code: the modules of their packages that hold dictionaries, without what else they import;
+and what their results are compared by.
 
 `sparsify` and `dictionary_learning` import trainers, data sets and nnsight in their `__init__`; the modules
 need torch, einops, natsort and simple-parsing. So the packages are opened without their `__init__`.
@@ -17,7 +18,16 @@ import typing
 from contextlib import nullcontext
 from typing import Any
 
+import dialect_makers as make
 import torch
+
+import sae
+from sae import dialects
+from sae.dialects.parts import make_parts
+
+D_IN, D_SAE, K = make.D_IN, make.D_SAE, make.K
+X = make.numbers(60, D_IN, seed=9)
+SITE, PAIR = "blocks.5.hook_resid_post", ("blocks.5.mlp.hook_in", "blocks.5.hook_mlp_out")
 
 
 def module(name: str) -> types.ModuleType:
@@ -72,3 +82,48 @@ _TRAINERS = (
     "matryoshka_batch_top_k",
     "jumprelu",
 )
+
+
+def agree(parts, acts, out):
+    """Our latents and outputs are theirs, to a relative 1e-6 of the largest; so are a loaded dictionary's."""
+    made = make.compute(parts.cfg, parts.tensors, X)
+    opened = sae.build(sae.DictionaryConfig(**parts.cfg), parts.tensors)
+    for ours, fp32, theirs in zip(made, (opened.encode(X), opened(X)), (acts, out), strict=True):
+        assert theirs.dtype == torch.float64 and theirs.abs().max() > 0
+        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
+        assert (fp32 - theirs).abs().max() <= 5e-6 * theirs.abs().max()
+
+
+def randomise(module):
+    with torch.no_grad():
+        for seed, tensor in enumerate(module.parameters()):
+            tensor.copy_(make.numbers(*tensor.shape, seed=seed) if tensor.ndim else tensor)
+
+
+def ours(architecture, transcoder=False, d_out=None, **fields):
+    """A dictionary of ours with random tensors."""
+    cfg = {"architecture": architecture, "d_in": D_IN, "d_sae": D_SAE, "d_out": d_out or D_IN}
+    shapes = dialects.parts.shapes(cfg | {"skip": fields.pop("skip", False)})
+    tensors = {name: make.numbers(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
+    if "threshold" in tensors:
+        same = torch.full((D_SAE,), 0.3)
+        tensors["threshold"] = same if architecture == "batchtopk" else tensors["threshold"].abs()
+    sites = PAIR if transcoder else (SITE, SITE)
+    return make_parts(
+        architecture,
+        tensors,
+        source="test",
+        dialect="test",
+        site_in=sites[0],
+        site_out=sites[1],
+        model="google/gemma-3-270m",
+        k=K if "topk" in architecture else 0,
+        **fields,
+    )
+
+
+def same_bits(found, expected):
+    """Both directions of a format compare their arrays by this."""
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name

@@ -11,65 +11,13 @@ import owners
 import pytest
 import sae_lens
 import torch
+from owners import D_IN, D_SAE, PAIR, SITE, K, X, agree, ours, randomise, same_bits
 from sae_lens.loading import pretrained_sae_loaders as loaders
 from safetensors.torch import load_file
 
 import sae
 from sae import dialects
-from sae.dialects.parts import make_parts
 from sae.errors import UserError
-
-D_IN, D_SAE, K = make.D_IN, make.D_SAE, make.K
-X = make.numbers(60, D_IN, seed=9)
-SITE, PAIR = "blocks.5.hook_resid_post", ("blocks.5.mlp.hook_in", "blocks.5.hook_mlp_out")
-
-
-def agree(parts, acts, out):
-    """Our latents and outputs are theirs, to a relative 1e-6 of the largest; so are a loaded dictionary's."""
-    made = make.compute(parts.cfg, parts.tensors, X)
-    opened = sae.build(sae.DictionaryConfig(**parts.cfg), parts.tensors)
-    for ours, fp32, theirs in zip(made, (opened.encode(X), opened(X)), (acts, out), strict=True):
-        assert theirs.dtype == torch.float64 and theirs.abs().max() > 0
-        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max()
-        assert (fp32 - theirs).abs().max() <= 5e-6 * theirs.abs().max()
-
-
-def randomise(module):
-    with torch.no_grad():
-        for seed, tensor in enumerate(module.parameters()):
-            tensor.copy_(make.numbers(*tensor.shape, seed=seed) if tensor.ndim else tensor)
-
-
-def ours(architecture, transcoder=False, d_out=None, **fields):
-    """A dictionary of ours with random tensors."""
-    cfg = {"architecture": architecture, "d_in": D_IN, "d_sae": D_SAE, "d_out": d_out or D_IN}
-    shapes = dialects.parts.shapes(cfg | {"skip": fields.pop("skip", False)})
-    tensors = {name: make.numbers(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
-    if "threshold" in tensors:
-        same = torch.full((D_SAE,), 0.3)
-        tensors["threshold"] = same if architecture == "batchtopk" else tensors["threshold"].abs()
-    sites = PAIR if transcoder else (SITE, SITE)
-    return make_parts(
-        architecture,
-        tensors,
-        source="test",
-        dialect="test",
-        site_in=sites[0],
-        site_out=sites[1],
-        model="google/gemma-3-270m",
-        k=K if "topk" in architecture else 0,
-        **fields,
-    )
-
-
-def same_bits(found, expected):
-    """Both directions of a format compare their arrays by this."""
-    assert set(found) == set(expected)
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-
-
-# ---- SAELens
 
 SAELENS = (
     "standard jumprelu topk gated transcoder skip_transcoder jumprelu_transcoder jumprelu_skip_transcoder"
@@ -156,9 +104,6 @@ def test_saelens_reads_ours(tmp_path, architecture, fields, writer):
     same_bits(found | ({"W_skip": found["W_skip"].T} if "W_skip" in found else {}), parts.tensors)
     assert theirs.cfg.metadata.hook_name == parts.cfg["site_in"]
     agree(parts, *saelens_results(theirs))
-
-
-# ---- Gemma Scope, of which SAELens has the loaders
 
 
 @pytest.fixture
@@ -264,9 +209,6 @@ def test_the_affine_skip_of_gemma_scope_2_is_not_transposed(local):
     agree(found, *saelens_results(sae_lens.SAE.load_from_disk(local / "export")))
 
 
-# ---- dictionary_learning
-
-
 class Data(list):
     """Batches of activations, as its trainer takes them."""
 
@@ -340,9 +282,6 @@ def test_dictionary_learning_reads_ours(tmp_path, architecture):
         names |= {"decoder.weight": "W_dec", "decoder.bias": "b_dec"}
         same_bits({names.get(name, name): tensor for name, tensor in found.items()}, parts.tensors)
     agree(parts, *learning_results(theirs))
-
-
-# ---- sparsify
 
 
 def sparsify_results(theirs):

@@ -243,9 +243,8 @@ def _check_storages(path: Path, sizes: dict[str, int]) -> None:
             raise _unsafe(path, "the pickle of some tensors must be small", format_size(sizes[main]))
         content = archive.read(main)
         # the unpickler makes room for as many objects as the highest number that one is kept under
-        if any(
-            "PUT" in code.name and not 0 <= at < len(content) for code, at, _ in pickletools.genops(content)
-        ):
+        kept = (at for code, at, _ in pickletools.genops(content) if "PUT" in code.name)
+        if not all(0 <= int(at or 0) < len(content) for at in kept):
             raise _unsafe(path, "a pickle must number its objects in order", "a number beyond its length")
         walk = _Storages(io.BytesIO(content))
         walk.load()
