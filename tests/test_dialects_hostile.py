@@ -295,6 +295,10 @@ def test_values_that_cannot_be_said(tmp_path):
     with pytest.raises(UserError) as error:
         dialects.read(tmp_path)
     str(error.value).encode()
+    make.saelens(tmp_path / "long", about={"jumpscope": {"architecture": "jumprelu", "x" * 10**5: 1}})
+    with pytest.raises(UserError, match="keys that this version knows") as error:
+        dialects.read(tmp_path / "long")
+    assert len(str(error.value)) < 10_000
     (tmp_path / "cfg.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="must hold JSON"):
         sae.load(tmp_path)
