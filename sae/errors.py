@@ -1,5 +1,7 @@
 """The one error that a user can cause."""
 
+_LONGEST = 3000
+"""Characters of each of the three parts that are shown."""
 _COMMANDS = ("jumpscope", "pip", "wandb")
 
 
@@ -15,7 +17,9 @@ class UserError(ValueError):
 
 
 def _sentence(text: str) -> str:
-    text = text.strip()
+    # what a hostile file holds must not keep its own refusal from being shown, nor fill the screen
+    text = text.strip().encode("utf-8", "backslashreplace").decode()
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     return text if text.endswith((".", "!", "?")) else text + "."
 
 

@@ -98,7 +98,7 @@ def read_json(path: Path | str) -> Any:
         raise UserError(
             f"{path} must be a file that can be read", f"{error.strerror}", "check the path"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} must hold JSON", str(error), "restore the file or write it again") from error
 
 
@@ -124,7 +124,7 @@ def load_tensors(path: Path | str, device: str = "cpu") -> dict[str, Tensor]:
         raise UserError(f"{path.name} must be there", f"no file {path}", "check the path")
     try:
         return safetensors.torch.load_file(path, device=device)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} must be a whole safetensors file", str(error), "restore the file or write it again"
         ) from error

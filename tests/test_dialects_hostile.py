@@ -6,7 +6,10 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import dialect_makers as make
 import numpy as np
@@ -16,9 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import sae
 from sae import dialects
 from sae.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[1]
 DIALECTS = {
     "saelens": ("saelens", "sae_weights.safetensors", "cfg.json"),
     "gemma_scope": ("gemma_scope", "params.npz", None),
@@ -200,6 +205,114 @@ def test_storages_that_lie(tmp_path):
     refuses(tmp_path, "does not compress")
     torch.save({"encoder.weight": torch.ones(1).expand(10**6, 10**6)}, path)
     refuses(tmp_path, "must fit into the file")
+
+
+def test_members_that_claim_more_than_the_file_has(tmp_path):
+    for maker in (make.gemma_scope, lambda folder: make.dictionary_learning(folder, "JumpReluAutoEncoder")):
+        maker(tmp_path)
+        path = next(path for path in tmp_path.iterdir() if path.suffix in (".npz", ".pt"))
+        content = bytearray(path.read_bytes())
+        at = content.find(b"PK\x01\x02") + 20  # how many bytes the first member takes in the file
+        content[at : at + 4] = b"\xff\xff\xff\x7f"
+        path.write_bytes(content)
+        refuses(path, "members must not overlap")
+        path.unlink()
+
+
+def test_no_file_and_no_folder(tmp_path):
+    make.saelens(tmp_path / "d")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        refuses(tmp_path / name, f"{name} is neither")
+    weights = tmp_path / "d" / "sae_weights.safetensors"
+    weights.unlink()
+    os.mkfifo(weights)
+    refuses(tmp_path / "d", "must hold weights")
+    weights.unlink()
+    weights.symlink_to("/proc/self/mem")
+    for read in (dialects.read, sae.load):
+        with pytest.raises(UserError, match=r"sae_weights\.safetensors"):
+            read(tmp_path / "d")
+
+
+def test_biases_that_would_be_spread(tmp_path):
+    one = torch.ones(1)
+    make.saelens(tmp_path / "a", "standard", make.plain() | {"b_enc": one}, apply_b_dec_to_input=True)
+    refuses(tmp_path / "a", r"b_enc must have shape \(20,\)")
+    without = {name: tensor for name, tensor in make.plain().items() if name != "b_enc"}
+    make.saelens(tmp_path / "none", "standard", without, apply_b_dec_to_input=True)
+    refuses(tmp_path / "none", r"b_enc must have shape \(20,\)\. Found: no such tensor")
+    for folder, name in (("b", "AutoEncoderTopK"), ("c", "AutoEncoder")):
+        make.dictionary_learning(tmp_path / folder, name)
+        arrays = torch.load(tmp_path / folder / "ae.pt", weights_only=True)
+        torch.save(arrays | {"encoder.bias": one}, tmp_path / folder / "ae.pt")
+        refuses(tmp_path / folder, r"b_enc must have shape \(20,\)|must fit each other")
+    make.sparsify(tmp_path / "layers.5")
+    weights = tmp_path / "layers.5/sae.safetensors"
+    save_file(load_file(weights) | {"encoder.bias": one}, weights)
+    refuses(tmp_path / "layers.5", r"b_enc must have shape \(20,\)")
+    save_file(load_file(weights) | {"encoder.weight": torch.ones(3, 6, 20)}, weights)
+    refuses(tmp_path / "layers.5", "W_enc must be a matrix")
+
+
+@pytest.mark.parametrize("claim", [b"r\xff\xff\xff\x3f", b"\x96" + b"\xff" * 7 + b"\x3f", b" " * 2**20])
+def test_pickles_that_claim_memory(tmp_path, claim):
+    # an object kept as the billionth; a bytearray of 2^62 bytes; a megabyte of pickle
+    make.dictionary_learning(tmp_path, "JumpReluAutoEncoder")
+    path = tmp_path / "ae.pt"
+    with zipfile.ZipFile(path) as whole:
+        members = [(info.filename, whole.read(info)) for info in whole.infolist()]
+    archive(path, [(n, d[:3] + claim + d[3:] if n.endswith("data.pkl") else d) for n, d in members])
+    with pytest.raises(UserError) as error:
+        dialects.read(tmp_path)
+    assert not isinstance(error.value.__cause__, MemoryError)
+    assert (
+        "number its objects" in str(error.value)
+        or "whole file" in str(error.value)
+        or "small" in str(error.value)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32, torch.bool, torch.complex64])
+def test_numbers_of_other_kinds(tmp_path, dtype):
+    make.sparsify(tmp_path / "layers.5")
+    weights = tmp_path / "layers.5/sae.safetensors"
+    arrays = load_file(weights)
+    save_file(arrays | {"b_dec": arrays["b_dec"].to(dtype)}, weights)
+    refuses(tmp_path / "layers.5", "b_dec must be float16")
+
+
+def test_values_that_cannot_be_said(tmp_path):
+    for name, value in (("l0", 10**400), ("l0", float("nan")), ("l0", float("inf"))):
+        make.gemma_scope_2(tmp_path, False, SCOPE_2 | {name: value})
+        refuses(tmp_path, "l0 must be finite")
+    for text in ("\x1b[2Jgone", "a\nb", "\ud800"):
+        make.gemma_scope_2(tmp_path, False, SCOPE_2 | {"model_name": text})
+        refuses(tmp_path, "model_name must be plain text")
+    # the refusal itself can be printed, whatever was in the file
+    make.gemma_scope_2(tmp_path, False, {"architecture": "\ud800"})
+    with pytest.raises(UserError) as error:
+        dialects.read(tmp_path)
+    str(error.value).encode()
+    make.saelens(tmp_path / "long", about={"jumpscope": {"architecture": "jumprelu", "x" * 10**5: 1}})
+    with pytest.raises(UserError, match="keys that this version knows") as error:
+        dialects.read(tmp_path / "long")
+    assert len(str(error.value)) < 10_000
+    (tmp_path / "cfg.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="must hold JSON"):
+        sae.load(tmp_path)
+
+
+def test_a_slice_of_the_fuzzing(tmp_path):
+    # benchmarks/fuzz_formats.py runs it by the million; each number is a folder broken in its own way
+    command = [sys.executable, str(ROOT / "benchmarks/fuzz_formats.py"), "--cases", "600"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["findings"] == {} and result["seeds"] == [0, 600]
+    # neither everything is broken beyond recognition nor is everything let through
+    assert result["opened"] > 20 and result["refused"] > 300
 
 
 @pytest.mark.parametrize("name", DIALECTS)

@@ -166,6 +166,27 @@ def test_the_cache_serves_without_a_network(hub, monkeypatch):
         dialects.read(f"{SECOND}/resid_post_all/layer_9_width_16k_l0_small")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{FIRST}/layer_20/width_16k/average_l0_71",
+        f"https://huggingface.co/{FIRST}/tree/main/layer_20/width_16k/average_l0_71",
+        f"{SECOND}/resid_post_all/layer_9_width_16k_l0_small",
+        "gemma-scope-2b-pt-res-canonical:layer_20/width_16k/canonical",
+    ],
+)
+def test_as_people_write_them(hub, monkeypatch, tmp_path, capfd, text):
+    assert main(["info", text]) == 0
+    assert "site in" in capfd.readouterr().out
+    assert main(["import", text, "--out", str(tmp_path / "one")]) == 0
+    asked = len(hub.asked)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert main(["import", text, "--out", str(tmp_path / "two")]) == 0
+    assert len(hub.asked) == asked
+    one, two = (sae.load(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_close_but_wrong(hub):
     with pytest.raises(UserError, match=r"mean layer_20/width_16k/average_l0_71"):
         dialects.read(f"{FIRST}/layer_20/width_16k/average_l0_70")

@@ -2,7 +2,6 @@
 something is, a refusal with its reason where the format has no words for it; the card; and the three verbs.
 """
 
-import json
 import re
 
 import dialect_makers as make
@@ -111,46 +110,6 @@ def test_one_threshold_for_all(tmp_path):
     made.tensors["threshold"][3] = 0.5
     with pytest.raises(UserError, match="one threshold"):
         dialects.write(made, tmp_path, "dictionary-learning")
-
-
-@pytest.mark.parametrize("architecture", ["jumprelu", "batchtopk", "topk", "relu", "gated"])
-@pytest.mark.parametrize("transcoder", [False, True])
-def test_saelens_reads_ours(tmp_path, architecture, transcoder):
-    sae_lens = pytest.importorskip("sae_lens")
-    if transcoder and architecture in ("topk", "gated"):
-        pytest.skip("SAELens has no such class")
-    made = parts(architecture, **({"sites": PAIR, "skip": True, "d_out": 9} if transcoder else {}))
-    dialects.write(made, tmp_path, "saelens")
-    theirs = sae_lens.SAE.load_from_disk(str(tmp_path))
-    with torch.no_grad():
-        found = theirs.encode(X), theirs(X)
-    for mine, other in zip(make.compute(made.cfg, made.tensors, X), found, strict=True):
-        assert (mine - other).abs().max() <= 2e-6 * mine.abs().max()
-    assert theirs.cfg.metadata.hook_name == made.cfg["site_in"]
-
-
-@pytest.mark.parametrize("architecture", ["jumprelu", "relu", "gated"])
-def test_dictionary_learning_reads_ours(tmp_path, architecture):
-    theirs = pytest.importorskip("dictionary_learning.dictionary", exc_type=ImportError)
-    made = parts(architecture)
-    dialects.write(made, tmp_path, "dictionary-learning")
-    name = json.loads((tmp_path / "config.json").read_text())["trainer"]["dict_class"]
-    model = getattr(theirs, name).from_pretrained(str(tmp_path / "ae.pt"))
-    with torch.no_grad():
-        found = model.encode(X), model(X)
-    for mine, other in zip(make.compute(made.cfg, made.tensors, X), found, strict=True):
-        assert (mine - other).abs().max() <= 2e-6 * mine.abs().max()
-
-
-@pytest.mark.parametrize("fields", [{}, {"sites": PAIR, "skip": True}])
-def test_sparsify_reads_ours(tmp_path, fields):
-    sparsify = pytest.importorskip("sparsify", exc_type=ImportError)
-    made = parts("topk", **fields)
-    dialects.write(made, tmp_path / "layers.5", "sparsify")
-    theirs = sparsify.SparseCoder.load_from_disk(tmp_path / "layers.5")
-    expected = make.compute(made.cfg, made.tensors, X)[1]
-    with torch.no_grad():
-        assert (theirs(X).sae_out - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 def test_the_card_says_what_it_is(tmp_path):

@@ -7,6 +7,7 @@ held against its size.
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ _RATIO, _SLACK = 20, 2**20
 """An .npz may unpack to this many times its size plus this many bytes: weights hardly compress."""
 _LONGEST_HEADER = 10_000
 _LARGEST_CONFIG = 16 * 2**20
+_LONGEST_PICKLE = 2**20
 _STORAGES = {
     "DoubleStorage": 8,
     "FloatStorage": 4,
@@ -134,6 +136,9 @@ def _members(path: Path) -> list[zipfile.ZipInfo]:
         check_name(name, path)
     if len(names) != len(set(names)) or len(names) > _NAMES:
         raise _unsafe(path, "an archive's names must be few and each there once", f"{len(names)} names")
+    # a reader takes as much memory as a member says that it holds
+    if sum(info.compress_size for info in members) > path.stat().st_size:
+        raise _unsafe(path, "members must not overlap", "more bytes than the file has")
     return members
 
 
@@ -181,10 +186,10 @@ def _read_npy(stream: Any, size: int, where: str) -> Tensor:
 
 def _read_torch(path: Path) -> dict[str, Tensor]:
     members, size = _members(path), path.stat().st_size
-    if any(info.compress_type != zipfile.ZIP_STORED for info in members):
+    if any(
+        info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size for info in members
+    ):
         raise _unsafe(path, "torch.save does not compress", "compressed members")
-    if sum(info.file_size for info in members) > size:
-        raise _unsafe(path, "members must not overlap", "more bytes than the file has")
     with _reading(path):
         _check_storages(path, {info.filename: info.file_size for info in members})
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -234,7 +239,14 @@ def _check_storages(path: Path, sizes: dict[str, int]) -> None:
     # torch takes a storage's length from the pickle and not from its member: a lie reads foreign memory
     with zipfile.ZipFile(path) as archive:
         main = next(name for name in sizes if name.rpartition("/")[2] == "data.pkl")
-        walk = _Storages(io.BytesIO(archive.read(main)))
+        if sizes[main] > _LONGEST_PICKLE:
+            raise _unsafe(path, "the pickle of some tensors must be small", format_size(sizes[main]))
+        content = archive.read(main)
+        # the unpickler makes room for as many objects as the highest number that one is kept under
+        kept = (at for code, at, _ in pickletools.genops(content) if "PUT" in code.name)
+        if not all(0 <= int(at or 0) < len(content) for at in kept):
+            raise _unsafe(path, "a pickle must number its objects in order", "a number beyond its length")
+        walk = _Storages(io.BytesIO(content))
         walk.load()
         if archive.testzip() is not None:
             raise _unsafe(path, "checksums must be right", "a wrong one")

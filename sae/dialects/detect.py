@@ -16,7 +16,7 @@ from sae.dialects import (
 )
 from sae.dialects.card import card
 from sae.dialects.found import Found
-from sae.dialects.parts import Parts
+from sae.dialects.parts import Parts, check_dtype
 from sae.errors import UserError
 from sae.files import atomic_write, make_folder
 from sae.probe_file import PROBE
@@ -66,10 +66,13 @@ def _read(path: Path, label: str) -> Parts:
     if path.is_file():
         label = label.rpartition("/")[0]
     config = next((folder / name for name in _CONFIGS if (folder / name).is_file()), None)
+    tensors = archives.read_arrays(weights, kind)
+    for name, tensor in tensors.items():
+        check_dtype(name, tensor, str(weights))
     found = Found(
         path=weights,
         kind=kind,
-        tensors=archives.read_arrays(weights, kind),
+        tensors=tensors,
         config=None if config is None else archives.read_config(config),
         label=label,
     )
@@ -85,6 +88,9 @@ def _read(path: Path, label: str) -> Parts:
 
 def _weights_in(folder: Path) -> Path:
     """The one file of a folder that holds a dictionary."""
+    if not folder.is_dir():
+        # a pipe or a device would be waited for, or read without end
+        raise UserError("a dictionary must be a folder or a file", f"{folder} is neither", "check the path")
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES)
     chosen = [path for path in files if path.name != PROBE and not _is_sparsity(path)]
     if len(chosen) == 1:

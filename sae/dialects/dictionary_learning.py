@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sae.dialects.found import Found, Values
-from sae.dialects.parts import Parts, cannot, make_parts, shift_input, wrong
+from sae.dialects.parts import Parts, cannot, make_parts, shift_input, transposed, widened, wrong
 from sae.files import atomic_write, write_json
 
 NAME = "dictionary-learning"
@@ -82,9 +82,9 @@ def read(found: Found) -> Parts:
     tensors = dict(found.tensors)
     for theirs, ours in (("encoder.weight", "W_enc"), ("decoder.weight", "W_dec")):
         if theirs in tensors:
-            tensors[ours] = tensors.pop(theirs).T.contiguous()
+            tensors[ours] = transposed(tensors.pop(theirs), theirs, found.label)
     tensors = {_RENAMED.get(theirs, theirs): tensor for theirs, tensor in tensors.items()}
-    notes = []
+    notes: list[str] = []
     tensors.pop("group_sizes", None)
     k = _k(tensors.pop("k", None), trainer.whole("k"), found.label)
     if _GATES[name] == "topk":
@@ -93,10 +93,10 @@ def read(found: Found) -> Parts:
         tensors["threshold"] = _threshold(tensors, found.label)
         if bool((tensors["threshold"] < 0).any()):
             notes.append("its threshold was never set: every positive pre-activation fires")
+    if name == "AutoEncoder":
+        tensors = _normalised(tensors, notes, found.label)
     if name not in _NO_INPUT_BIAS:
-        if tensors["W_enc"].ndim != 2 or tensors["b_dec"].shape != tensors["W_enc"].shape[:1]:
-            raise wrong(found.label, "the input bias must be as wide as the encoder", "another width")
-        tensors = shift_input(tensors, -tensors["b_dec"])
+        tensors = shift_input(tensors, -1, found.label)
         notes.append("the decoder's bias was subtracted from the input: folded into the encoder's bias")
     site, assumed = _site(trainer)
     return make_parts(
@@ -150,7 +150,7 @@ def _arrays(parts: Parts) -> tuple[str, dict[str, Tensor]]:
         return "JumpReluAutoEncoder", {name: tensors[name] for name in _ARRAYS["JumpReluAutoEncoder"]}
     if gate != "relu":
         # their classes subtract the decoder's bias; the encoder's has to bring it back
-        tensors = shift_input(tensors, tensors["b_dec"])
+        tensors = shift_input(tensors, 1, parts.source)
     linear = {"encoder.weight": tensors["W_enc"].T, "decoder.weight": tensors["W_dec"].T}
     if gate == "gated":
         biases = {theirs: tensors[_RENAMED[theirs]] for theirs in ("decoder_bias", "gate_bias", "mag_bias")}
@@ -166,6 +166,28 @@ def _arrays(parts: Parts) -> tuple[str, dict[str, Tensor]]:
     if len(threshold) != 1 or parts.cfg["k"] < 1:
         raise cannot(parts, NAME, "has one threshold for all latents of a batchtopk dictionary, and a k")
     return "BatchTopKSAE", linear | {"threshold": threshold[0]}
+
+
+def _normalised(tensors: dict[str, Tensor], notes: list[str], label: str) -> dict[str, Tensor]:
+    """Their loader brings this class's decoder to norm 1, so its latents have that scale."""
+    W_enc, W_dec = tensors["W_enc"], tensors["W_dec"]
+    if W_enc.ndim != 2 or W_dec.shape != W_enc.shape[::-1] or tensors["b_enc"].shape != W_dec.shape[:1]:
+        raise wrong(label, "encoder and decoder must fit each other", f"{_sizes(tensors)}")
+    norms = W_dec.float().norm(dim=1)
+    if torch.allclose(norms, torch.ones_like(norms)):  # theirs leaves them alone then, and so does this
+        return tensors
+    notes.append("decoder norms are folded into the encoder, as its own loader does")
+    tensors = widened(tensors)
+    norms = torch.where(norms > 0, norms, 1).to(tensors["W_dec"])
+    return tensors | {
+        "W_enc": tensors["W_enc"] * norms,
+        "W_dec": tensors["W_dec"] / norms[:, None],
+        "b_enc": tensors["b_enc"] * norms,
+    }
+
+
+def _sizes(tensors: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
 
 
 def _class_of(found: Found, trainer: Values) -> str:

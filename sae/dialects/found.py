@@ -46,8 +46,11 @@ class Values:
         return found
 
     def number(self, *names: str) -> float | None:
-        """A number; None when none is there."""
+        """A finite number; None when none is there."""
         found = self._get(names, (int, float), None)
+        # the comparison takes whole numbers of any length, and no NaN
+        if found is not None and not abs(found) < 1e300:
+            raise wrong(self.source, f"{names[0]} must be finite", f"{found!r:.60}")
         return None if found is None else float(found)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -72,6 +75,9 @@ class Values:
                 continue
             if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
                 raise wrong(self.source, f"{name} must be of type {_name(kind)}", f"{value!r:.60}")
+            # it goes to files and terminals: no control characters, and nothing that UTF-8 cannot say
+            if isinstance(value, str) and not value.isprintable():
+                raise wrong(self.source, f"{name} must be plain text", f"{value!r:.60}")
             return value
         return default
 

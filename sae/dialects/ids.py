@@ -11,6 +11,8 @@ from sae.errors import UserError
 _FIRST = re.compile(r"gemma-scope-(?P<size>2b|9b|27b)-(?P<tuned>pt|it)-(?P<kind>res|mlp|att|transcoders)")
 _SECOND = re.compile(r"(gemma-scope-2-(?:270m|1b|4b|12b|27b)-(?:pt|it))-(res|mlp|att|transcoders)(-all)?")
 _FOLDERS = {"res": "resid_post", "mlp": "mlp_out", "att": "attn_out", "transcoders": "transcoder"}
+_URL = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)(?:/(?:tree|blob)/main)?")
+"""What the address of a repository's page has beside the id."""
 _AVERAGE = re.compile(r"average_l0_(\d+)")
 _CANONICAL_L0 = 100
 """SAELens's canonical dictionary of a folder is the one whose L0 is nearest to this."""
@@ -46,6 +48,7 @@ def parse_id(text: str) -> Id:
     if text.startswith(("/", ".", "~")):
         # the hub must not be asked for a path that was mistyped
         raise UserError("the path must be there", f"no file or folder {text}", "check the path")
+    text = _URL.sub(r"\1", text)
     release, colon, inner = text.partition(":")
     if colon and "/" not in release:
         found = _release(release, inner.strip("/"))
@@ -58,6 +61,9 @@ def parse_id(text: str) -> Id:
                 repr(text),
                 f"{f'Did you mean {near[0]}? ' if near else ''}Check the path or the id",
             )
+        if f"google/{words[0]}" in REPOSITORIES:
+            do = f"Did you mean google/{'/'.join(words)}?"
+            raise UserError("the id must begin with the organisation, ORG/REPO/FOLDER", repr(text), do)
         found = Id("/".join(words[:2]), "/".join(words[2:]))
     check_name(found.folder, "the id")
     check_name(found.repo, "the id")
@@ -78,7 +84,10 @@ def choose_folder(asked: Id, folders: Collection[str]) -> str:
         if known:
             # of two that are as near, SAELens has the larger
             return min(known, key=lambda folder: (abs(known[folder] - _CANONICAL_L0), -known[folder]))
-    near = difflib.get_close_matches(asked.folder, folders, n=3, cutoff=0.4) or sorted(folders)[:3]
+    # of a folder that is above dictionaries, those within it
+    within = sorted(folder for folder in folders if folder.startswith(f"{asked.folder}/"))
+    near = within[:3] or difflib.get_close_matches(asked.folder, folders, n=3, cutoff=0.4)
+    near = near or sorted(folders)[:3]
     raise UserError(
         f"{asked.repo} must have the folder that is named",
         f"no dictionary {asked.folder!r} among its {len(folders)}",

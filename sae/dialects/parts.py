@@ -12,6 +12,8 @@ from sae.architectures import build
 from sae.dictionary import Dictionary, DictionaryConfig
 from sae.errors import UserError
 
+_COUNTS = ("k", "group_sizes")
+"""What dictionary_learning keeps among the arrays, and is none of them."""
 _COLUMNS = 4096
 """Latents whose encoder rows are held in fp64 at a time."""
 
@@ -84,12 +86,30 @@ def wrong(source: str, must: str, found: str) -> UserError:
     return UserError(must, f"{found} in {source}", do)
 
 
-def shift_input(tensors: dict[str, Tensor], bias: Float[Tensor, " d_in"]) -> dict[str, Tensor]:
-    """The encoder that reads x as the given one reads x + bias.
+def check_dtype(name: str, tensor: Tensor, source: str) -> None:
+    """Raises UserError for a tensor that is no plain floating-point one; counts may be whole numbers."""
+    is_plain = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if not is_plain and name not in _COUNTS:
+        raise wrong(source, f"{name} must be float16, bfloat16, float32 or float64", str(tensor.dtype))
 
-    Pass minus an input bias to fold it away, plus one to bring it back. Sums are taken in fp64; weights
-    narrower than fp32 become fp32, so that the new bias keeps its digits. A bias of zeros changes no bit.
+
+def shift_input(tensors: dict[str, Tensor], sign: int, source: str) -> dict[str, Tensor]:
+    """The encoder that reads x as the given one reads x + sign * b_dec.
+
+    -1 folds away that b_dec is subtracted from the input, 1 brings it back. Sums are taken in fp64; weights
+    narrower than fp32 become fp32, so that the new bias keeps its digits. A b_dec of zeros changes no bit.
+    Raises UserError for tensors that do not fit each other.
     """
+    W_enc = tensors["W_enc"]
+    if W_enc.ndim != 2 or tensors["b_dec"].shape != W_enc.shape[:1]:
+        found = f"{tuple(tensors['b_dec'].shape)}, {tuple(W_enc.shape)}"
+        raise wrong(source, "b_dec must be as wide as W_enc", found)
+    # a bias of one number would be spread over all latents here, and fit afterwards
+    for name in ("b_gate", "b_mag", "r_mag") if "r_mag" in tensors else ("b_enc",):
+        if name not in tensors or tensors[name].shape != W_enc.shape[1:]:
+            must = f"{name} must have shape {tuple(W_enc.shape[1:])}"
+            raise wrong(source, must, _shape(tensors.get(name)))
+    bias = sign * tensors["b_dec"]
     if not bias.any():
         return tensors
     made = widened(tensors)
@@ -102,6 +122,13 @@ def shift_input(tensors: dict[str, Tensor], bias: Float[Tensor, " d_in"]) -> dic
     else:
         made["b_enc"] = (made["b_enc"].double() + moved).to(wide)
     return made
+
+
+def transposed(matrix: Tensor, name: str, source: str) -> Tensor:
+    """A matrix that others keep the other way round. Raises UserError for what is no matrix."""
+    if matrix.ndim != 2:
+        raise wrong(source, f"{name} must be a matrix", _shape(matrix))
+    return matrix.T.contiguous()
 
 
 def widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,9 +161,12 @@ def cannot(parts: Parts, target: str, reason: str, do: str = "") -> UserError:
 def _one_dtype(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     widest = tensors["W_enc"].dtype
     for name, tensor in tensors.items():
-        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            raise wrong(source, f"{name} must be float16, bfloat16, float32 or float64", str(tensor.dtype))
+        check_dtype(name, tensor, source)
         widest = torch.promote_types(widest, tensor.dtype)
     mixed = {tensor.dtype for tensor in tensors.values()} != {widest}
     made = {name: tensor.detach().to(widest).contiguous() for name, tensor in tensors.items()}
     return made, (f"tensors of several dtypes: all are {widest} now",) if mixed else ()
+
+
+def _shape(tensor: Tensor | None) -> str:
+    return "no such tensor" if tensor is None else f"{tuple(tensor.shape)}"

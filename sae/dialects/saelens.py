@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sae.dialects.found import Found, Values
-from sae.dialects.parts import Parts, cannot, make_parts, shift_input, widened, wrong
+from sae.dialects.parts import Parts, cannot, make_parts, shift_input, transposed, widened, wrong
 from sae.dictionary import Dictionary, DictionaryConfig
 from sae.errors import UserError
 from sae.files import save_tensors, write_json
@@ -212,7 +212,7 @@ def _fold(
         if needed not in tensors:
             raise wrong(values.source, f"a {name} dictionary has {needed}", f"{', '.join(sorted(tensors))}")
     if "W_skip" in tensors:
-        tensors["W_skip"] = tensors["W_skip"].T
+        tensors["W_skip"] = transposed(tensors["W_skip"], "W_skip", values.source)
     if (scale := tensors.pop("scaling_factor", None)) is not None and not bool((scale == 1).all()):
         if not values.flag("finetuning_scaling_factor", False) or scale.shape != tensors["W_dec"].shape[:1]:
             raise wrong(
@@ -240,7 +240,7 @@ def _fold(
         tensors["b_enc"] = tensors["b_enc"] * norms
         notes.append("decoder norms are folded into the encoder")
     if not transcoder and values.flag("apply_b_dec_to_input", True):
-        tensors = _shifted(tensors, values.source)
+        tensors = shift_input(tensors, -1, values.source)
         notes.append("b_dec was subtracted from the input: folded into the encoder's bias")
     return tensors, tuple(notes)
 
@@ -259,13 +259,6 @@ def _fold_scale(tensors: dict[str, Tensor], values: Values) -> dict[str, Tensor]
         "W_dec": tensors["W_dec"] / scale,
         "b_dec": tensors["b_dec"] / scale,
     }
-
-
-def _shifted(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    bias, W_enc = tensors["b_dec"], tensors["W_enc"]
-    if W_enc.ndim != 2 or bias.shape != W_enc.shape[:1]:
-        raise wrong(source, "b_dec must be as wide as W_enc", f"{tuple(bias.shape)}, {tuple(W_enc.shape)}")
-    return shift_input(tensors, -bias)
 
 
 def _threshold(tensors: dict[str, Tensor], source: str) -> Tensor:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sae.dialects.archives import read_config
 from sae.dialects.found import Found, Values
-from sae.dialects.parts import Parts, cannot, make_parts, shift_input, wrong
+from sae.dialects.parts import Parts, cannot, make_parts, shift_input, transposed, wrong
 from sae.files import save_tensors, write_json
 
 NAME = "sparsify"
@@ -30,16 +30,14 @@ def read(found: Found) -> Parts:
     if set(found.tensors) - {"W_skip"} != set(_NAMES):
         raise wrong(found.label, f"the arrays must be {', '.join(_NAMES)}", ", ".join(sorted(found.tensors)))
     tensors = dict(found.tensors)
-    weight, bias = tensors.pop("encoder.weight"), tensors["b_dec"]
-    if weight.ndim != 2 or bias.shape != weight.shape[1:]:
-        raise wrong(found.label, "b_dec must be as wide as the encoder", f"{tuple(bias.shape)}")
-    tensors |= {"W_enc": weight.T.contiguous(), "b_enc": tensors.pop("encoder.bias")}
-    if "W_skip" in tensors:
-        tensors["W_skip"] = tensors["W_skip"].T
+    tensors |= {"W_enc": tensors.pop("encoder.weight"), "b_enc": tensors.pop("encoder.bias")}
+    for name in ("W_enc", "W_skip"):
+        if name in tensors:
+            tensors[name] = transposed(tensors[name], name, found.label)
     transcode = values.flag("transcode", False)
     notes = ["contexts began with the end-of-text token, as sparsify packs them"]
     if not transcode:
-        tensors = shift_input(tensors, -bias)
+        tensors = shift_input(tensors, -1, found.label)
         notes.append("b_dec was subtracted from the input: folded into the encoder's bias")
     above = found.path.parents[1] / "config.json"
     about = Values(read_config(above) if above.is_file() else {}, f"{above}")
@@ -75,7 +73,7 @@ def write(parts: Parts, folder: Path) -> list[str]:
     transcode = cfg["site_in"] != cfg["site_out"]
     tensors = dict(parts.tensors)
     if not transcode:
-        tensors = shift_input(tensors, tensors["b_dec"])
+        tensors = shift_input(tensors, 1, parts.source)
     arrays = {
         "encoder.weight": tensors["W_enc"].T,
         "encoder.bias": tensors["b_enc"],

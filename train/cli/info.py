@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sae.probe import Probe
 
 
+_HUB = "https://huggingface.co/"
 _LISTED = 40
 """Folders that are no Gemma Scope's, and are named all the same."""
 
@@ -60,7 +61,9 @@ def run(argv: list[str]) -> None:
         ],
     )
     path = Path(options.path)
-    is_store = "://" in options.path or (bool(options.path) and (path / "manifest.json").is_file())
+    is_store = ("://" in options.path and not options.path.startswith(_HUB)) or (
+        bool(options.path) and (path / "manifest.json").is_file()
+    )
     if options.verify and not is_store:
         raise UserError("--verify is for a store", f"no manifest.json in {options.path!r}", "Check the path")
     if not options.path:
