@@ -123,7 +123,8 @@ class LanguageModel:
         n_wanted = len(set(sites))
 
         def keep(site: str, activation: Tensor) -> None:
-            found[site] = activation
+            # what a norm gives before its weight is fp32 in every model
+            found[site] = activation.to(self.dtype)
             if len(found) == n_wanted:
                 raise _AllFound
 

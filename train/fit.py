@@ -1,0 +1,171 @@
+"""How well a dictionary fits rows of activations: what `train.diagnosis` compares its suspicions by."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from activations.blocks import TokenBlocks
+from activations.harvest import harvest_rows
+from activations.models import LanguageModel
+from sae.architectures import build
+from sae.dictionary import Dictionary
+from sae.sparse import SparseEncoder
+
+Text = Literal["BOS", "no BOS", "special tokens"]
+"""How the text is read: behind BOS, without any, or behind BOS with the special tokens' rows counted too."""
+
+Site = tuple[str, str]
+"""Where a dictionary reads and where it writes."""
+
+# octaves of a scale that are tried first, and the rows that are enough to compare them
+_OCTAVES = range(-9, 10)
+_SCALE_ROWS = 192
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """L0, and the share of the variance about the rows' mean that the reconstruction leaves unexplained."""
+
+    l0: float
+    fvu: float
+
+
+def measure(encoder: SparseEncoder, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"]) -> Fit:
+    """How a dictionary that reads `x` reconstructs `y`. A fit that is not a number is infinitely bad."""
+    x, y = x.to(encoder.dictionary.W_enc), y.to(encoder.dictionary.W_enc)
+    latents = encoder.encode(x)
+    error = (encoder.decode(latents, x) - y).double().square().sum()
+    variance = (y.double() - y.double().mean(0)).square().sum()
+    fvu = float(error / variance)
+    return Fit(len(latents.latent) / max(1, len(x)), fvu if math.isfinite(fvu) else math.inf)
+
+
+def scaled(dictionary: Dictionary, factor: float) -> Dictionary:
+    """The dictionary that was trained on `factor` times the activations, made to read and write them raw."""
+    with torch.no_grad():
+        changed = {
+            "W_enc": dictionary.W_enc * factor,
+            "W_dec": dictionary.W_dec / factor,
+            "b_dec": dictionary.b_dec / factor,
+        }
+    return build(dictionary.cfg, {**dict(dictionary.named_parameters()), **changed})
+
+
+def best_scale(dictionary: Dictionary, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"]) -> float:
+    """The factor on the activations that leaves the least FVU: among octaves, then by golden sections.
+
+    L0 has no part in it, so that it can confirm what is found.
+    """
+    x, y = x[:_SCALE_ROWS], y[:_SCALE_ROWS]
+
+    def fvu(octaves: float) -> float:
+        return measure(SparseEncoder(scaled(dictionary, 2.0**octaves)), x, y).fvu
+
+    centre = min(_OCTAVES, key=fvu)
+    low, high = centre - 1.0, centre + 1.0
+    inner = [high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)]
+    values = [fvu(place) for place in inner]
+    for _ in range(8):
+        if values[0] <= values[1]:
+            high = inner[1]
+            inner = [high - _GOLDEN * (high - low), inner[0]]
+            values = [fvu(inner[0]), values[0]]
+        else:
+            low = inner[0]
+            inner = [inner[1], low + _GOLDEN * (high - low)]
+            values = [values[1], fvu(inner[1])]
+    return 2.0 ** ((low + high) / 2)
+
+
+def usual_scales(x: Float[Tensor, "row d_in"]) -> dict[str, float]:
+    """The constants that people multiply activations by before training, for these rows, by name."""
+    x = x.double()
+    root, norms = math.sqrt(x.shape[1]), x.norm(dim=1)
+    mean_norm, rms_norm = float(norms.mean()), float(norms.square().mean().sqrt())
+    spread = float((x - x.mean(0)).square().sum(1).mean().sqrt())
+    found = {
+        "sqrt(d_in) / mean norm, SAELens's expected_average_only_in": root / mean_norm,
+        "1 / root mean square norm, Gemma Scope's unit mean square": 1 / rms_norm,
+        "sqrt(d_in) / root mean square norm": root / rms_norm,
+        "1 / mean norm": 1 / mean_norm,
+        "1 / root mean square distance from the mean": 1 / spread,
+        "sqrt(d_in) / root mean square distance from the mean": root / spread,
+        "sqrt(d_in)": root,
+        "1 / sqrt(d_in)": 1 / root,
+    }
+    return {name: factor for name, factor in found.items() if math.isfinite(factor) and factor > 0}
+
+
+class Rows:
+    """Rows of activations at any site of a model, on the first tokens of some blocks, harvested when asked for.
+
+    Memory: `tokens` rows in the model's dtype for each site that was asked for.
+    """
+
+    def __init__(self, model: LanguageModel, blocks: Sequence[TokenBlocks], tokens: int) -> None:
+        self._model = model
+        self._blocks = list(_first(blocks, tokens))
+        self._found: dict[tuple[Text, str], Tensor] = {}
+
+    def harvest(self, sites: Iterable[str], text: Text) -> None:
+        """Makes the rows of several sites from the same forward passes."""
+        wanted = [site for site in dict.fromkeys(sites) if (text, site) not in self._found]
+        if wanted:
+            parts = [part.rows for part in harvest_rows(self._model, self.blocks(text), wanted)]
+            for site in wanted:
+                self._found[text, site] = torch.cat([part[site] for part in parts])
+
+    def at(self, site: str, text: Text) -> Float[Tensor, "row d_in"]:
+        """The rows at a site."""
+        self.harvest([site], text)
+        return self._found[text, site]
+
+    def blocks(self, text: Text) -> list[TokenBlocks]:
+        """The blocks, read that way."""
+        return [as_text(block, text, self._model.bos_id) for block in self._blocks]
+
+
+def as_text(blocks: TokenBlocks, text: Text, bos_id: int | None) -> TokenBlocks:
+    """The same text read otherwise: without its BOS, or with the special tokens among the kept."""
+    if text == "special tokens":
+        # padding follows the last token that is kept
+        last = (blocks.keep * torch.arange(1, blocks.keep.shape[1] + 1)).amax(1, keepdim=True)
+        return dataclasses.replace(blocks, keep=torch.arange(blocks.keep.shape[1]) < last)
+    if text == "BOS" or bos_id is None:
+        return blocks
+    # what is not BOS, in its order, and the BOS behind it as padding that nothing attends to
+    order = (blocks.tokens == bos_id).to(torch.int8).argsort(dim=1, stable=True)
+    parts: Mapping[str, Tensor] = {
+        name: getattr(blocks, name).gather(1, order) for name in ("tokens", "document", "position", "keep")
+    }
+    return TokenBlocks(**parts)
+
+
+def per_token(kind: str) -> Callable[[Tensor], Tensor]:
+    """A normalisation of each row by itself, in fp32: no weights can do it."""
+
+    def layer_norm(x: Tensor) -> Tensor:
+        centred = x.float() - x.float().mean(1, keepdim=True)
+        return centred / centred.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
+
+    def constant_norm(x: Tensor) -> Tensor:
+        return x.float() * math.sqrt(x.shape[1]) / x.float().norm(dim=1, keepdim=True).clamp_min(1e-6)
+
+    return {"layer_norm": layer_norm, "constant_norm_rescale": constant_norm}[kind]
+
+
+def _first(blocks: Sequence[TokenBlocks], tokens: int) -> Iterator[TokenBlocks]:
+    for block in blocks:
+        for row in range(len(block.tokens)):
+            if tokens <= 0:
+                return
+            names = ("tokens", "document", "position", "keep")
+            part = TokenBlocks(**{name: getattr(block, name)[row : row + 1] for name in names})
+            tokens -= int(part.keep.sum())
+            yield part
