@@ -78,6 +78,11 @@ class LanguageModel:
             if site in hooks:
                 self._points[site] = hooks[site]
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Every site, by layer and then in the order of computation."""
+        return tuple(self._points)
+
     def site_width(self, site: str) -> int:
         """The width at a site, known without a forward pass. Raises UserError for a site it lacks."""
         self.check_sites([site])

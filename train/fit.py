@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -15,6 +15,7 @@ from activations.models import LanguageModel
 from sae.architectures import build
 from sae.dictionary import Dictionary
 from sae.sparse import SparseEncoder
+from train.evals import first_tokens
 
 Text = Literal["BOS", "no BOS", "special tokens"]
 """How the text is read: behind BOS, without any, or behind BOS with the special tokens' rows counted too."""
@@ -57,30 +58,49 @@ def scaled(dictionary: Dictionary, factor: float) -> Dictionary:
     return build(dictionary.cfg, {**dict(dictionary.named_parameters()), **changed})
 
 
-def best_scale(dictionary: Dictionary, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"]) -> float:
-    """The factor on the activations that leaves the least FVU: among octaves, then by golden sections.
+class ScaleScan:
+    """A dictionary on some rows times a factor, for any factor: a search along a line."""
 
-    L0 has no part in it, so that it can confirm what is found.
-    """
-    x, y = x[:_SCALE_ROWS], y[:_SCALE_ROWS]
+    def __init__(
+        self, dictionary: Dictionary, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"]
+    ) -> None:
+        self._dictionary, self._x, self._y = dictionary, x[:_SCALE_ROWS], y[:_SCALE_ROWS]
+        self._known: dict[float, Fit] = {}
 
-    def fvu(octaves: float) -> float:
-        return measure(SparseEncoder(scaled(dictionary, 2.0**octaves)), x, y).fvu
+    def fit(self, factor: float) -> Fit:
+        """How the dictionary fits when activations are multiplied before it and divided after."""
+        if factor not in self._known:
+            self._known[factor] = measure(SparseEncoder(scaled(self._dictionary, factor)), self._x, self._y)
+        return self._known[factor]
 
-    centre = min(_OCTAVES, key=fvu)
-    low, high = centre - 1.0, centre + 1.0
-    inner = [high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)]
-    values = [fvu(place) for place in inner]
-    for _ in range(8):
-        if values[0] <= values[1]:
-            high = inner[1]
-            inner = [high - _GOLDEN * (high - low), inner[0]]
-            values = [fvu(inner[0]), values[0]]
-        else:
-            low = inner[0]
-            inner = [inner[1], low + _GOLDEN * (high - low)]
-            values = [values[1], fvu(inner[1])]
-    return 2.0 ** ((low + high) / 2)
+    def fvu(self, factor: float) -> float:
+        """The FVU of `fit`."""
+        return self.fit(factor).fvu
+
+    def least_fvu(self) -> float:
+        """The factor that leaves the least FVU. L0 has no part in it, so that it can confirm what is found."""
+        return self._least(self.fvu)
+
+    def nearest_l0(self, octaves_off: Callable[[float], float]) -> float:
+        """The factor whose L0 is as published; of several, the one that leaves the least FVU, which confirms it."""
+
+        def off(factor: float) -> float:
+            found = self.fit(factor)
+            return octaves_off(found.l0) + 1e-3 * min(found.fvu, 10.0)
+
+        return self._least(off)
+
+    def _least(self, loss: Callable[[float], float]) -> float:
+        """The least among octaves, and from there by golden sections."""
+        centre = min(_OCTAVES, key=lambda octave: loss(2.0**octave))
+        low, high = centre - 1.0, centre + 1.0
+        for _ in range(8):
+            inner = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+            if loss(2.0 ** inner[0]) <= loss(2.0 ** inner[1]):
+                high = inner[1]
+            else:
+                low = inner[0]
+        return 2.0 ** ((low + high) / 2)
 
 
 def usual_scales(x: Float[Tensor, "row d_in"]) -> dict[str, float]:
@@ -110,7 +130,7 @@ class Rows:
 
     def __init__(self, model: LanguageModel, blocks: Sequence[TokenBlocks], tokens: int) -> None:
         self._model = model
-        self._blocks = list(_first(blocks, tokens))
+        self._blocks = list(first_tokens(blocks, tokens))
         self._found: dict[tuple[Text, str], Tensor] = {}
 
     def harvest(self, sites: Iterable[str], text: Text) -> None:
@@ -158,14 +178,3 @@ def per_token(kind: str) -> Callable[[Tensor], Tensor]:
         return x.float() * math.sqrt(x.shape[1]) / x.float().norm(dim=1, keepdim=True).clamp_min(1e-6)
 
     return {"layer_norm": layer_norm, "constant_norm_rescale": constant_norm}[kind]
-
-
-def _first(blocks: Sequence[TokenBlocks], tokens: int) -> Iterator[TokenBlocks]:
-    for block in blocks:
-        for row in range(len(block.tokens)):
-            if tokens <= 0:
-                return
-            names = ("tokens", "document", "position", "keep")
-            part = TokenBlocks(**{name: getattr(block, name)[row : row + 1] for name in names})
-            tokens -= int(part.keep.sum())
-            yield part
