@@ -1,4 +1,4 @@
-"""The usual causes of a dictionary that does not fit: each a change that would put it right, if it is the one."""
+"""The usual causes of a dictionary that does not fit: each a change that puts it right, if it is the one."""
 
 import dataclasses
 import math
@@ -25,8 +25,8 @@ class Candidate:
     """A dictionary as it would be if one thing, or two, had been otherwise."""
 
     causes: tuple[str, ...]
-    """The changes' kinds: hook, BOS, special tokens, scale, per-token norm, centring, b_dec, gate, folded norms,
-    transposed, skip. None: the dictionary as it says of itself."""
+    """The changes' kinds: hook, BOS, special tokens, scale, per-token norm, centring, b_dec, gate, folded
+    norms, transposed, skip. None: the dictionary as it says of itself."""
     what: str
     """The change in words, what is wrong first."""
     remedy: str
@@ -67,24 +67,21 @@ def widths(model: LanguageModel) -> dict[str, int]:
     return {site: model.site_width(site) for site in model.sites}
 
 
-def same_place(site: str) -> str:
-    """One name for each tensor: the residual stream entering a layer is what left the one below."""
-    if kind_of(site) == "resid_pre" and layer_of(site) > 0:
-        return site_name(layer_of(site) - 1, "resid_post")
-    return site
-
-
 def sites_to_try(dictionary: Dictionary, model: LanguageModel, *, far: bool) -> list[Site]:
     """The other places that the dictionary's widths allow, the nearest first.
 
-    Near: any kind at its layer and the two beside it. Far: its own kind at every layer. Where it names no layer
-    of the model, all places are near.
+    Near: any kind at its layer and the two beside it. Far: its own kind at every layer. Where it names no
+    layer of the model, all places are near.
     """
     cfg, known = dictionary.cfg, widths(model)
     reads = [site for site, width in known.items() if width == cfg.d_in]
     claimed = (cfg.site_in, cfg.site_out)
     if claimed[0] not in known:
-        places = [(site, site) for site in reads] if cfg.d_in == cfg.d_out else []
+        places = (
+            [(site, site) for site in reads if kind_of(site) != "resid_pre" or not layer_of(site)]
+            if cfg.d_in == cfg.d_out
+            else []
+        )
         places += [pair for layer in range(model.n_layers) for pair in _transcoders(layer)]
         return [pair for pair in places if _fits(pair, cfg.d_in, cfg.d_out, known)]
     layer, kinds = layer_of(claimed[0]), [kind_of(site) for site in claimed if site in known]
@@ -92,13 +89,9 @@ def sites_to_try(dictionary: Dictionary, model: LanguageModel, *, far: bool) -> 
         at = [other for other in range(model.n_layers) if abs(other - layer) > 1]
         places = [(site_name(other, kinds[0]), site_name(other, kinds[-1])) for other in at]
     else:
-        at = sorted(
-            range(max(0, layer - 1), min(model.n_layers, layer + 2)), key=lambda other: abs(other - layer)
-        )
-        # the kind that it says comes first: of two names for one tensor, that one is told
-        ordered = sorted(KINDS, key=lambda kind: kind != kinds[0])
+        at = [other for other in (layer, layer - 1, layer + 1) if 0 <= other < model.n_layers]
         if cfg.site_in == cfg.site_out:
-            places = [(site_name(other, kind),) * 2 for other in at for kind in ordered]
+            places = [(site_name(other, kind),) * 2 for other in at for kind in KINDS]
             places += _transcoders(layer)
         else:
             places = [(site_name(other, kinds[0]), site_name(other, kinds[-1])) for other in at]
@@ -107,12 +100,24 @@ def sites_to_try(dictionary: Dictionary, model: LanguageModel, *, far: bool) -> 
             ]
             places += [(claimed[0], site_name(other, kind)) for other in at for kind in KINDS]
             places += [pair for other in at for pair in _transcoders(other)]
-    seen, chosen = {tuple(map(same_place, claimed))}, []
+    seen, chosen = {_same(claimed)}, []
     for pair in places:
-        if _fits(pair, cfg.d_in, cfg.d_out, known) and (tensors := tuple(map(same_place, pair))) not in seen:
-            seen.add(tensors)
+        pair = _same(pair)
+        if _fits(pair, cfg.d_in, cfg.d_out, known) and pair not in seen:
+            seen.add(pair)
             chosen.append(pair)
     return chosen
+
+
+def _same(pair: Site) -> Site:
+    """One name for each tensor: the residual stream entering a layer is what left the one below."""
+    reads, writes = (
+        site_name(layer_of(site) - 1, "resid_post")
+        if kind_of(site) == "resid_pre" and layer_of(site) > 0
+        else site
+        for site in pair
+    )
+    return reads, writes
 
 
 def _transcoders(layer: int) -> list[Site]:
@@ -128,6 +133,8 @@ def _fits(pair: Site, d_in: int, d_out: int, known: Mapping[str, int]) -> bool:
 def moved(base: Candidate, site: Site) -> Candidate:
     """The dictionary at another site."""
     where = site[0] if site[0] == site[1] else f"{site[0]} -> {site[1]}"
+    if site[0] == site[1] and kind_of(where) == "resid_post":
+        where += f" ({site_name(layer_of(where) + 1, 'resid_pre')} is the same)"
     flags = f"--site {site[0]}" + (f" --site-out {site[1]}" if site[0] != site[1] else "")
     return dataclasses.replace(
         base,
@@ -283,7 +290,7 @@ def _skips(base: Candidate) -> Iterator[Candidate]:
 
 
 def _centred(base: Candidate) -> Iterator[Candidate]:
-    """For models whose weights were centred before: what each row shares over its coordinates passes it by."""
+    """For models whose weights were centred: what a row shares over its coordinates passes it by."""
     dictionary, tensors = base.dictionary, _tensors(base.dictionary)
     d = dictionary.cfg.d_in
     if dictionary.cfg.skip or base.site[0] != base.site[1]:
@@ -292,7 +299,7 @@ def _centred(base: Candidate) -> Iterator[Candidate]:
     made = tensors | {"W_enc": tensors["W_enc"] - tensors["W_enc"].mean(0), "W_skip": around}
     yield base.then(
         "centring",
-        "it was trained on a model whose residual stream is centred (TransformerLens's center_writing_weights)",
+        "it was trained on a residual stream that is centred (TransformerLens's center_writing_weights)",
         "subtract each row's mean over coordinates before it and add it after",
         build(dataclasses.replace(dictionary.cfg, skip=True), made),
     )

@@ -1,11 +1,13 @@
-"""Whether a dictionary fits the model it is said to belong to, and if not, which of the usual causes explains it.
+"""Whether a dictionary fits the model it is said to belong to, and if not, which usual cause explains it.
 
-A dictionary fits when it leaves at most 0.7 of the variance unexplained, its L0 is within a factor of 2 of the
-published one, the model loses less with it than with the mean activation in its place, and no other site, scale
-or folding fits it far better. A cause explains a misfit when the change that it names brings FVU to 0.5 at most,
-L0 within that factor, and what the model loses to half of what the mean costs; and when FVU falls to half of
-what it was (0.8 where the change is the site alone, which leaves nothing to choose), or L0 comes right at no
-higher FVU. Random dictionaries do not get there: their FVU stays near 1, whatever is changed.
+A dictionary fits when it leaves at most 0.7 of the variance unexplained, its L0 is within a factor of 2 of
+the published one, the model loses less with it than with the mean activation in its place, and no other
+site, scale or folding fits it far better. A cause explains a misfit when the change that it names brings FVU
+to 0.5 at most, L0 within a factor of 2, and what the model loses to half of what the mean costs; and when FVU
+falls to half of what it was (0.8 where the change is hook or BOS alone, with nothing to choose), or L0
+comes right. Random dictionaries do not get there: their FVU stays near 1, whatever is changed.
+
+FVU here leaves out the rows with massive activations (`train.fit.measure`).
 """
 
 import dataclasses
@@ -70,7 +72,8 @@ class Diagnosis:
         if self.verdict == "fits":
             return "fits"
         if self.cause is not None:
-            return f"does not fit, explained by {' + '.join(self.cause.candidate.causes)}: {self.cause.candidate.what}"
+            cause = self.cause.candidate
+            return f"does not fit, explained by {' + '.join(cause.causes)}: {cause.what}"
         singles = dict.fromkeys(one.candidate.causes[0] for one in self.tried if one.candidate.causes)
         return f"does not fit, unexplained by {len(self.tried)} changes and pairs of {', '.join(singles)}"
 
@@ -203,9 +206,9 @@ def check_width(cfg: DictionaryConfig, model: LanguageModel) -> None:
 def published_l0(cfg: DictionaryConfig, source: str = "") -> Published | None:
     """The L0 that a dictionary was published with: its config's, its k, or what its id says in a word."""
     if cfg.l0_target:
-        return Published(cfg.l0_target, cfg.l0_target, "its config or id")
+        return Published(float(cfg.l0_target), float(cfg.l0_target), "its config or id")
     if cfg.k:
-        return Published(cfg.k, cfg.k, "its k")
+        return Published(float(cfg.k), float(cfg.k), "its k")
     word = re.search(r"_l0_(small|big)", source)
     if word and "270m" in source:
         return Published(*_WORDS[word[1]], f"l0_{word[1]} at 270M")

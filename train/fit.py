@@ -5,8 +5,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
@@ -37,14 +38,32 @@ class Fit:
     fvu: float
 
 
-def measure(encoder: SparseEncoder, x: Float[Tensor, "row d_in"], y: Float[Tensor, "row d_out"]) -> Fit:
-    """How a dictionary that reads `x` reconstructs `y`. A fit that is not a number is infinitely bad."""
+def measure(
+    encoder: SparseEncoder,
+    x: Float[Tensor, "row d_in"],
+    y: Float[Tensor, "row d_out"],
+    *,
+    massive: bool = False,
+) -> Fit:
+    """How a dictionary that reads `x` reconstructs `y`. A fit that is not a number is infinitely bad.
+
+    FVU leaves out the rows with massive activations unless `massive` asks for them: one can hold more
+    variance than all others, and FVU would tell which rows there are, not how they are reconstructed.
+    """
     x, y = x.to(encoder.dictionary.W_enc), y.to(encoder.dictionary.W_enc)
-    latents = encoder.encode(x)
-    error = (encoder.decode(latents, x) - y).double().square().sum()
-    variance = (y.double() - y.double().mean(0)).square().sum()
-    fvu = float(error / variance)
+    with np.errstate(over="ignore"):  # a wrong guess may fire as hard as it likes
+        latents = encoder.encode(x)
+    error = (encoder.decode(latents, x) - y).double().square().sum(1)
+    counted = torch.ones(len(y), dtype=torch.bool, device=y.device) if massive else ordinary(y)
+    y = y[counted].double()
+    fvu = float(error[counted].sum() / (y - y.mean(0)).square().sum())
     return Fit(len(latents.latent) / max(1, len(x)), fvu if math.isfinite(fvu) else math.inf)
+
+
+def ordinary(y: Float[Tensor, "row d_out"]) -> Bool[Tensor, " row"]:
+    """Rows not far from the median row: the square of the distance is within 8 times its own median."""
+    distance = (y.double() - y.double().median(0).values).square().sum(1)
+    return distance <= 8 * distance.median()
 
 
 def scaled(dictionary: Dictionary, factor: float) -> Dictionary:
@@ -78,11 +97,11 @@ class ScaleScan:
         return self.fit(factor).fvu
 
     def least_fvu(self) -> float:
-        """The factor that leaves the least FVU. L0 has no part in it, so that it can confirm what is found."""
+        """The factor that leaves the least FVU. L0 has no part in it, so it can confirm what is found."""
         return self._least(self.fvu)
 
     def nearest_l0(self, octaves_off: Callable[[float], float]) -> float:
-        """The factor whose L0 is as published; of several, the one that leaves the least FVU, which confirms it."""
+        """The factor whose L0 is as published; of several, the one that leaves the least FVU."""
 
         def off(factor: float) -> float:
             found = self.fit(factor)
@@ -123,7 +142,7 @@ def usual_scales(x: Float[Tensor, "row d_in"]) -> dict[str, float]:
 
 
 class Rows:
-    """Rows of activations at any site of a model, on the first tokens of some blocks, harvested when asked for.
+    """Rows of activations at any site of a model, on the first tokens of some blocks, made when asked for.
 
     Memory: `tokens` rows in the model's dtype for each site that was asked for.
     """

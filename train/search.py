@@ -1,5 +1,5 @@
-"""The search for what explains a misfit: every candidate measured on the same rows, and the rule by which one is
-believed (`train.diagnosis` says it in words).
+"""The search for what explains a misfit: every candidate measured on the same rows, and the rule by which one
+is believed (`train.diagnosis` says it in words).
 """
 
 import dataclasses
@@ -17,12 +17,14 @@ from train.fit import Fit, Rows, ScaleScan, measure, per_token, usual_scales
 
 MOST_FVU, MOST_FVU_EXPLAINED = 0.7, 0.5
 """The most that a dictionary which fits leaves unexplained; the most with which a cause is believed."""
+MOST_FVU_SPECIAL = 0.05
+"""The most when that cause is BOS and its like having been counted."""
 L0_OCTAVES = 1.0
 """Doublings by which L0 may differ from the published one."""
-FAR_BETTER, FAR_BETTER_SITE = 0.5, 0.8
-"""What FVU falls to, in parts of what it was, when a cause is believed; when that is the site alone."""
+FAR_BETTER, FAR_BETTER_PLACE = 0.5, 0.8
+"""What FVU falls to, in parts of what it was, when a cause is believed; when it is hook or BOS alone."""
 _WORTH_A_SECOND_LOOK = 6
-# where a dictionary passes, its gate is not doubted: fewer or more latents leave more or less unexplained anyway
+# where a dictionary passes, its gate is not doubted: more latents explain more anyway
 _DOUBTED = {
     "hook",
     "BOS",
@@ -104,18 +106,22 @@ class Search:
     def cause(self, *, passes: bool) -> Tried | None:
         """What explains the misfit, or is far better than what passes; None when nothing does."""
         self._all(self._first(passes))
-        found = self._believed(passes)
-        if found is None and not passes and self.readable:
+        if found := self._believed(passes):
+            # a dictionary may have two things wrong with it
+            self._all(self._second(found.candidate))
+            return self._believed(passes)
+        if passes:
+            return None
+        if self.readable:
             self._all(causes.moved(self.base, site) for site in self._sites(far=True))
-            found = self._believed(passes)
-        # a second change on top: of the one that explains, or of those that come nearest
-        starts = [found] if found else [] if passes else self._nearest()
-        for start in starts:
-            self._all(self._second(start.candidate))
-        if found is None and not passes:
-            for site in self._sites(far=False):
-                self._all(self._scales(causes.moved(self.base, site), solve=False))
-        return self._believed(passes) if starts else None
+            if found := self._believed(passes):
+                return found
+        for near in self._nearest():
+            self._all(self._second(near.candidate))
+            self._all(causes.gates(near.candidate, self._l0) if "gate" not in near.candidate.causes else ())
+        for site in self._sites(far=False):
+            self._all(self._scales(causes.moved(self.base, site), solve=False))
+        return self._believed(passes)
 
     def closest(self) -> Tried | None:
         """The candidate that fits best of those that change something."""
@@ -125,8 +131,11 @@ class Search:
         """Doublings between an L0 and the published one; 0 when none is published."""
         return self.published.octaves_off(fit.l0) if self.published else 0.0
 
+    @property
+    def _l0(self) -> float | None:
+        return None if self.published is None else self.published.high
+
     def _first(self, passes: bool) -> Iterator[Candidate]:
-        l0 = None if self.published is None else self.published.high
         places = [causes.moved(self.base, site) for site in self._sites(far=False)]
         self.rows.harvest({site for one in places for site in one.site}, self.base.text)
         yield from places
@@ -134,7 +143,7 @@ class Search:
             return
         yield from causes.read_otherwise(self.base, self.model.bos_id is not None)
         yield from self._scales(self.base)
-        for one in causes.changed_weights(self.base, l0):
+        for one in causes.changed_weights(self.base, self._l0):
             if not passes or one.causes[-1] in _DOUBTED:
                 yield one
         yield from self._norm_weights(self.base)
@@ -147,8 +156,6 @@ class Search:
             yield from self._scales(first)
         if "b_dec" not in kinds:
             yield from causes.b_dec(first)
-        if "gate" not in kinds:
-            yield from causes.gates(first, None if self.published is None else self.published.high)
         if kinds & {"hook"}:
             yield from self._norm_weights(first)
         elif self.readable:
@@ -163,7 +170,7 @@ class Search:
                 )
 
     def _scales(self, first: Candidate, *, solve: bool = True) -> Iterator[Candidate]:
-        """On activations times the factor that leaves the least; without `solve`, the best of the usual ones."""
+        """On activations times the factor that fits best; without `solve`, the best of the usual ones."""
         x, y = (self.rows.at(site, first.text).float() for site in first.site)
         usual = usual_scales(x)
         scales = ScaleScan(first.dictionary, x, y)
@@ -197,15 +204,17 @@ class Search:
         x, y = (self.rows.at(site, candidate.text) for site in candidate.site)
         if candidate.reading:
             x, y = (per_token(candidate.reading)(part) for part in (x, y))
-        made = Tried(candidate, measure(encoder, x, y))
+        made = Tried(candidate, measure(encoder, x, y, massive=candidate.text == "special tokens"))
         self.tried.append(made)
         self.on_tried(len(self.tried))
         return made
 
     def _believed(self, passes: bool) -> Tried | None:
         explaining = [one for one in self.tried if self._explains(one, passes)]
-        # of two that explain as much, the simpler
-        explaining.sort(key=lambda one: self._misfit(one) * (1.25 if len(one.candidate.causes) > 1 else 1))
+        others = [one for one in explaining if one.candidate.causes != ("special tokens",)]
+        explaining = others or explaining
+        # two changes have to explain far more than one
+        explaining.sort(key=lambda one: self._misfit(one) / FAR_BETTER ** len(one.candidate.causes))
         return explaining[0] if explaining else None
 
     def _explains(self, one: Tried, passes: bool) -> bool:
@@ -213,6 +222,9 @@ class Search:
         off = self.octaves_off(fit)
         if not kinds or off > L0_OCTAVES or (passes and not set(kinds) <= _DOUBTED):
             return False
+        if kinds == ("special tokens",):
+            # BOS is one vector, and holds most of the variance: who was trained on it leaves almost nothing
+            return fit.fvu <= MOST_FVU_SPECIAL
         if fit.fvu > (MOST_FVU if passes else MOST_FVU_EXPLAINED):
             return False
         if self.claimed is None:
@@ -224,7 +236,7 @@ class Search:
         if passes and fit.l0 > 1.1 * was.l0 and off >= was_off:
             # more latents explain more at any site
             return False
-        margin = FAR_BETTER_SITE if kinds == ("hook",) else FAR_BETTER
+        margin = FAR_BETTER_PLACE if kinds in (("hook",), ("BOS",)) else FAR_BETTER
         return fit.fvu <= margin * min(1.0, was.fvu) and off <= (
             was_off + 0.1 if passes else max(was_off, 0.5)
         )

@@ -96,7 +96,7 @@ def run(argv: list[str]) -> int:
         context=min(options.context, model.max_context),
         max_tokens=options.tokens,
     )
-    with progress() as report:
+    with progress(unit="steps") as report:
         found = check_all(
             asked.dictionaries,
             model,
@@ -193,9 +193,9 @@ def _tell(found: Mapping[str, "Diagnosis"], asked: _Asked, options: CheckOptions
         _write(name, one, options, alone=len(found) == 1)
         stdout.print(_tried(one))
     note(
-        f"L0 and FVU over {options.tokens:,} held-out tokens of {asked.corpus}, the changes' over the first 768; "
-        f"losses in nats per token over {options.loss_tokens:,}; CE recovered is 1 - delta CE / what mean "
-        "ablation adds"
+        f"L0 and FVU over {options.tokens:,} held-out tokens of {asked.corpus}; those of what was tried over "
+        "the first 768, FVU without rows of massive activations; losses in nats per token over "
+        f"{options.loss_tokens:,}; CE recovered is 1 - delta CE / what mean ablation adds"
     )
 
 
@@ -246,7 +246,7 @@ def _tried(one: "Diagnosis") -> "Table":
     for tried in sorted(one.tried, key=lambda tried: tried.fit.fvu):
         best.setdefault(tried.candidate.causes, tried)
     made = table("tried", "change", ">L0", ">FVU")
-    chosen = sorted(best.values(), key=lambda tried: (len(tried.candidate.causes) > 1, tried.fit.fvu))
+    chosen = sorted(best.values(), key=lambda tried: (len(tried.candidate.causes), tried.fit.fvu))
     for tried in chosen[:_SHOWN]:
         causes = " + ".join(tried.candidate.causes) or "none"
         made.add_row(causes, tried.candidate.what, figure(tried.fit.l0, 1), figure(tried.fit.fvu, 4))
