@@ -2,9 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from activations.models import LanguageModel
@@ -20,6 +21,9 @@ _EVEN = 1e-3
 _KS = (8, 16, 32, 64, 128, 256, 512)
 
 
+Change = Callable[[Dictionary], Dictionary]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Candidate:
     """A dictionary as it would be if one thing, or two, had been otherwise."""
@@ -31,34 +35,36 @@ class Candidate:
     """The change in words, what is wrong first."""
     remedy: str
     """What puts it right."""
-    dictionary: Dictionary
-    """With the change made; its config may still name the old sites."""
+    make: Callable[[], Dictionary]
+    """Makes the dictionary with the change; its config may still name the old sites. Candidates are many, and a
+    dictionary is large, so none is kept."""
     site: Site
     """Where it reads and writes."""
     text: Text = "BOS"
     reading: str = ""
     """A normalisation of each row that stands before and after the dictionary (`train.fit.per_token`)."""
+    stands_in: int = 0
+    """Above 0 for what resembles the right dictionary and is not it: believed only where nothing lower is."""
 
     def put_right(self) -> Dictionary | None:
         """The dictionary with the change made, config included; None where no weights can make it."""
         if self.reading:
             return None
+        made = self.make()
         cfg = dataclasses.replace(
-            self.dictionary.cfg,
-            site_in=self.site[0],
-            site_out=self.site[1],
-            prepend_bos=self.text != "no BOS",
+            made.cfg, site_in=self.site[0], site_out=self.site[1], prepend_bos=self.text != "no BOS"
         )
-        return build(cfg, dict(self.dictionary.named_parameters()))
+        return build(cfg, tensors_of(made))
 
-    def then(self, cause: str, what: str, remedy: str, dictionary: Dictionary) -> "Candidate":
+    def then(self, cause: str, what: str, remedy: str, change: Change, stands_in: int = 0) -> "Candidate":
         """The same with another change to the weights on top."""
         return dataclasses.replace(
             self,
             causes=(*self.causes, cause),
             what=f"{self.what}, and {what}" if self.causes else what,
             remedy=f"{self.remedy}; {remedy}" if self.causes else remedy,
-            dictionary=dictionary,
+            make=lambda: change(self.make()),
+            stands_in=max(self.stands_in, stands_in),
         )
 
 
@@ -161,8 +167,9 @@ def read_otherwise(base: Candidate, has_bos: bool) -> Iterator[Candidate]:
                 what="its numbers count BOS and other special tokens",
                 remedy="none is needed: compare numbers over all tokens, special ones included",
                 text="special tokens",
+                stands_in=2,
             )
-    if base.site[0] == base.site[1] and not base.dictionary.cfg.skip:
+    if base.site[0] == base.site[1] and not base.make().cfg.skip:
         for kind in ("layer_norm", "constant_norm_rescale"):
             yield dataclasses.replace(
                 base,
@@ -183,15 +190,19 @@ def changed_weights(base: Candidate, l0: float | None) -> Iterator[Candidate]:
 
 def b_dec(base: Candidate) -> Iterator[Candidate]:
     """With b_dec subtracted from the input before the encoder, and with that undone."""
-    tensors = _tensors(base.dictionary)
-    if len(tensors["b_dec"]) != len(tensors["W_enc"]) or not tensors["b_dec"].any():
+    cfg, bias = (made := base.make()).cfg, made.b_dec
+    if cfg.d_in != cfg.d_out or not bias.any():
         return
     for sign, what, flag in (
         (-1, "b_dec has to be subtracted from its input", "true"),
         (1, "b_dec was subtracted from its input and must not be", "false"),
     ):
-        made = shift_input(tensors, sign * tensors["b_dec"])
-        yield base.then("b_dec", what, f"apply_b_dec_to_input: {flag}", _built(base.dictionary, made))
+
+        def shifted(dictionary: Dictionary, sign: int = sign) -> Dictionary:
+            tensors = tensors_of(dictionary)
+            return build(dictionary.cfg, shift_input(tensors, sign * tensors["b_dec"]))
+
+        yield base.then("b_dec", what, f"apply_b_dec_to_input: {flag}", shifted)
 
 
 def rescaled(base: Candidate, factor: float, usual: Mapping[str, float]) -> Candidate | None:
@@ -204,127 +215,148 @@ def rescaled(base: Candidate, factor: float, usual: Mapping[str, float]) -> Cand
         "scale",
         f"activations have to be multiplied by {factor:.4g} before it and divided after{named}",
         f"W_enc *= {factor:.4g}, W_dec /= {factor:.4g}, b_dec /= {factor:.4g}",
-        scaled(base.dictionary, factor),
+        lambda dictionary: scaled(dictionary, factor),
     )
 
 
 def gates(base: Candidate, l0: float | None) -> Iterator[Candidate]:
-    """With another gate: none but relu, top-k, log thresholds."""
-    dictionary, tensors = base.dictionary, _tensors(base.dictionary)
-    architecture = dictionary.cfg.architecture
-    if architecture == "gated":
+    """With another gate: none but relu, log thresholds, top-k (of `l0`, or of several where that is unknown)."""
+    made = base.make()
+    cfg = made.cfg
+    if cfg.architecture == "gated":
         return
-    plain = {name: tensor for name, tensor in tensors.items() if name != "threshold"}
-
-    def other(architecture: str, what: str, tensors: dict[str, Tensor], k: int = 0) -> Candidate:
-        cfg = dataclasses.replace(dictionary.cfg, architecture=architecture, k=k)
-        return base.then(
-            "gate", what, f"architecture: {architecture}" + f", k: {k}" * (k > 0), build(cfg, tensors)
-        )
-
-    if architecture != "relu":
-        yield other("relu", "its gate is a plain relu", plain)
-    if "threshold" in tensors and bool((tensors["threshold"] < 0).any()):
-        logs = plain | {"threshold": tensors["threshold"].exp()}
-        yield other(architecture, "its thresholds are logarithms", logs, dictionary.cfg.k)
-    known = dictionary.cfg.k or round(l0 or 0)
+    if cfg.architecture != "relu":
+        yield base.then("gate", "its gate is a plain relu", "architecture: relu", lambda d: _gated(d, "relu"))
+    if cfg.architecture == "jumprelu" and bool((tensors_of(made)["threshold"] < 0).any()):
+        yield base.then("gate", "its thresholds are logarithms", "threshold = exp(threshold)", _exponentiated)
+    known = cfg.k or round(l0 or 0)
     for k in (known,) if known else _KS:
-        if 0 < k < dictionary.cfg.d_sae and (architecture, dictionary.cfg.k) != ("topk", k):
-            lost = "thresholds are missing or wrong" if architecture != "topk" else "k is wrong"
-            yield other("topk", f"its {lost}: the {k} largest of each row do", plain, k)
+        if 0 < k < cfg.d_sae and (cfg.architecture, cfg.k) != ("topk", k):
+            lost = "k is wrong" if cfg.architecture == "topk" else "thresholds are missing or wrong"
+            yield base.then(
+                "gate",
+                f"its {lost}: the {k} largest of each row do",
+                f"take the thresholds of another copy, or architecture: topk, k: {k}",
+                lambda dictionary, k=k: _gated(dictionary, "topk", k),
+                stands_in=1,
+            )
+
+
+def _gated(dictionary: Dictionary, architecture: str, k: int = 0) -> Dictionary:
+    plain = {name: tensor for name, tensor in tensors_of(dictionary).items() if name != "threshold"}
+    return build(dataclasses.replace(dictionary.cfg, architecture=architecture, k=k), plain)
+
+
+def _exponentiated(dictionary: Dictionary) -> Dictionary:
+    return _with(dictionary, threshold=tensors_of(dictionary)["threshold"].exp())
 
 
 def _norms(base: Candidate) -> Iterator[Candidate]:
-    tensors = _tensors(base.dictionary)
-    norms = tensors["W_dec"].norm(dim=1)
+    made = base.make()
+    norms = made.W_dec.norm(dim=1)
     if not bool((norms > 0).all()) or float(norms.max() / norms.min()) < 1 + _EVEN:
         return
-    enc = {"W_enc": tensors["W_enc"] * norms} | {b: tensors[b] * norms for b in ("b_enc",) if b in tensors}
-    dec = {"W_dec": tensors["W_dec"] / norms[:, None]}
-    changes: dict[str, dict[str, Tensor]] = {
-        "the decoder's norms count twice: W_dec /= norms": dec,
-        "the decoder's norms are missing in the encoder: W_enc, b_enc *= norms": enc,
-        "latents are compared in units of the decoder's norms: W_enc, b_enc *= norms, W_dec /= norms": enc
-        | dec,
+    enc = ("W_enc", "b_enc") if made.gate_bias == "b_enc" else ("W_enc",)
+    # what is multiplied by the norms, and what is divided
+    changes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+        "the decoder's norms count twice": ((), ("W_dec",)),
+        "the decoder's norms are missing in the encoder": (enc, ()),
+        "latents are compared in units of the decoder's norms": (enc, ("W_dec",)),
     }
-    if "threshold" in tensors:
-        theta = tensors["threshold"]
+    if "threshold" in tensors_of(made):
         changes |= {
-            "the thresholds are in units of the decoder's norms: threshold *= norms": {
-                "threshold": theta * norms
-            },
-            "the thresholds have the decoder's norms in them: threshold /= norms": {
-                "threshold": theta / norms
-            },
+            "the thresholds are in units of the decoder's norms": (("threshold",), ()),
+            "the thresholds have the decoder's norms in them": ((), ("threshold",)),
         }
-    for what, change in changes.items():
-        words, _, line = what.partition(": ")
-        yield base.then("folded norms", words, line, _built(base.dictionary, tensors | change))
+    for what, (times, over) in changes.items():
+
+        def changed(
+            dictionary: Dictionary, times: tuple[str, ...] = times, over: tuple[str, ...] = over
+        ) -> Dictionary:
+            tensors = tensors_of(dictionary)
+            by_latent = {name: norms[:, None] if name == "W_dec" else norms for name in (*times, *over)}
+            made = {name: tensors[name] * by_latent[name] for name in times}
+            return _with(dictionary, **made, **{name: tensors[name] / by_latent[name] for name in over})
+
+        line = [f"{', '.join(times)} *= norms"] * bool(times) + [f"{', '.join(over)} /= norms"] * bool(over)
+        yield base.then("folded norms", what, f"{', '.join(line)}, where norms = W_dec.norm(dim=1)", changed)
 
 
 def _transposed(base: Candidate) -> Iterator[Candidate]:
-    tensors = _tensors(base.dictionary)
+    tensors = tensors_of(base.make())
     square = {name for name in ("W_enc", "W_dec") if tensors[name].shape[0] == tensors[name].shape[1]}
     for names in (("W_enc",), ("W_dec",), ("W_enc", "W_dec")):
         if square.issuperset(names):
-            made = tensors | {name: tensors[name].T.contiguous() for name in names}
             said = " and ".join(names)
             yield base.then(
                 "transposed",
                 f"{said} {'are' if len(names) > 1 else 'is'} transposed",
                 f"transpose {said}",
-                _built(base.dictionary, made),
+                lambda dictionary, names=names: _turned(dictionary, *names),
             )
 
 
+def _turned(dictionary: Dictionary, *names: str) -> Dictionary:
+    return _with(dictionary, **{name: tensors_of(dictionary)[name].T.contiguous() for name in names})
+
+
 def _skips(base: Candidate) -> Iterator[Candidate]:
-    tensors = _tensors(base.dictionary)
-    skip = tensors.pop("W_skip", None)
-    if skip is None:
+    cfg = base.make().cfg
+    if not cfg.skip:
         return
-    if skip.shape[0] == skip.shape[1]:
-        turned = _built(base.dictionary, tensors | {"W_skip": skip.T.contiguous()})
-        yield base.then("skip", "W_skip is transposed: x A, not x A^T", "transpose W_skip", turned)
-    cfg = dataclasses.replace(base.dictionary.cfg, skip=False)
-    yield base.then("skip", "W_skip must be left out", "leave W_skip out", build(cfg, tensors))
+    if cfg.d_in == cfg.d_out:
+        what = "W_skip is transposed: x A, not x A^T"
+        yield base.then("skip", what, "transpose W_skip", lambda dictionary: _turned(dictionary, "W_skip"))
+    yield base.then("skip", "W_skip must be left out", "leave W_skip out", _without_skip)
+
+
+def _without_skip(dictionary: Dictionary) -> Dictionary:
+    tensors = {name: tensor for name, tensor in tensors_of(dictionary).items() if name != "W_skip"}
+    return build(dataclasses.replace(dictionary.cfg, skip=False), tensors)
 
 
 def _centred(base: Candidate) -> Iterator[Candidate]:
     """For models whose weights were centred: what a row shares over its coordinates passes it by."""
-    dictionary, tensors = base.dictionary, _tensors(base.dictionary)
-    d = dictionary.cfg.d_in
-    if dictionary.cfg.skip or base.site[0] != base.site[1]:
-        return
-    around = torch.full((d, d), 1 / d, dtype=tensors["W_enc"].dtype, device=tensors["W_enc"].device)
-    made = tensors | {"W_enc": tensors["W_enc"] - tensors["W_enc"].mean(0), "W_skip": around}
-    yield base.then(
-        "centring",
-        "it was trained on a residual stream that is centred (TransformerLens's center_writing_weights)",
-        "subtract each row's mean over coordinates before it and add it after",
-        build(dataclasses.replace(dictionary.cfg, skip=True), made),
-    )
+    if not base.make().cfg.skip and base.site[0] == base.site[1]:
+        yield base.then(
+            "centring",
+            "it was trained on a residual stream that is centred (TransformerLens's center_writing_weights)",
+            "subtract each row's mean over coordinates before it and add it after",
+            _around_the_mean,
+        )
 
 
-def norm_weight(base: Candidate, gain: Tensor) -> Iterator[Candidate]:
-    """For a dictionary beside a norm that multiplies by `gain` [d_in], which Gemma stores as gain - 1.
+def _around_the_mean(dictionary: Dictionary) -> Dictionary:
+    W_enc, d = dictionary.W_enc, dictionary.cfg.d_in
+    around = torch.full((d, d), 1 / d, dtype=W_enc.dtype, device=W_enc.device)
+    tensors = tensors_of(dictionary) | {"W_enc": W_enc - W_enc.mean(0), "W_skip": around}
+    return build(dataclasses.replace(dictionary.cfg, skip=True), tensors)
+
+
+def norm_weight(base: Candidate, gain: Float[Tensor, " d_in"]) -> Iterator[Candidate]:
+    """For a dictionary beside a norm that multiplies by `gain`, which Gemma stores as gain - 1.
 
     Taking the stored weight for the whole is the usual slip of who folds such a norm into an encoder.
     """
     stored = gain - 1
-    if not bool(stored.abs().min() > 0):
+    if not bool((stored != 0).all()):
         return
-    tensors = _tensors(base.dictionary)
     for what, line, factor in (
         ("folded in as w instead of 1 + w", "W_enc *= (1 + w) / w", gain / stored),
         ("taken out as w instead of 1 + w", "W_enc *= w / (1 + w)", stored / gain),
     ):
-        made = tensors | {"W_enc": tensors["W_enc"] * factor.to(tensors["W_enc"])[:, None]}
-        yield base.then("folded norms", f"the norm's weight was {what}", line, _built(base.dictionary, made))
+
+        def weighted(dictionary: Dictionary, factor: Tensor = factor) -> Dictionary:
+            W_enc = dictionary.W_enc
+            return _with(dictionary, W_enc=W_enc * factor.to(W_enc)[:, None])
+
+        yield base.then("folded norms", f"the norm's weight was {what}", line, weighted)
 
 
-def _tensors(dictionary: Dictionary) -> dict[str, Tensor]:
+def tensors_of(dictionary: Dictionary) -> dict[str, Tensor]:
+    """A dictionary's tensors by name."""
     return {name: tensor.detach() for name, tensor in dictionary.named_parameters()}
 
 
-def _built(dictionary: Dictionary, tensors: dict[str, Tensor]) -> Dictionary:
-    return build(dictionary.cfg, tensors)
+def _with(dictionary: Dictionary, **changed: Tensor) -> Dictionary:
+    return build(dictionary.cfg, tensors_of(dictionary) | changed)

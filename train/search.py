@@ -84,7 +84,7 @@ class Search:
             causes=(),
             what="as it says of itself",
             remedy="",
-            dictionary=dictionary,
+            make=lambda: dictionary,
             site=(cfg.site_in, cfg.site_out),
             text="no BOS" if without_bos else "BOS",
         )
@@ -119,6 +119,8 @@ class Search:
         for near in self._nearest():
             self._all(self._second(near.candidate))
             self._all(causes.gates(near.candidate, self._l0) if "gate" not in near.candidate.causes else ())
+        for one in causes.b_dec(self.base):
+            self._all(self._scales(one))
         for site in self._sites(far=False):
             self._all(self._scales(causes.moved(self.base, site), solve=False))
         return self._believed(passes)
@@ -163,7 +165,8 @@ class Search:
                 one = dataclasses.replace(causes.moved(self.base, site), causes=(*first.causes, "hook"))
                 yield dataclasses.replace(
                     one,
-                    dictionary=first.dictionary,
+                    make=first.make,
+                    stands_in=first.stands_in,
                     text=first.text,
                     what=f"{first.what}, and {one.what}",
                     remedy=f"{first.remedy}; {one.remedy}",
@@ -173,7 +176,7 @@ class Search:
         """On activations times the factor that fits best; without `solve`, the best of the usual ones."""
         x, y = (self.rows.at(site, first.text).float() for site in first.site)
         usual = usual_scales(x)
-        scales = ScaleScan(first.dictionary, x, y)
+        scales = ScaleScan(first.make(), x, y)
         factors = [scales.least_fvu() if solve else min(usual.values(), key=scales.fvu)]
         if solve and self.published:
             factors.append(scales.nearest_l0(self.published.octaves_off))
@@ -197,7 +200,7 @@ class Search:
             self._try(candidate)
 
     def _try(self, candidate: Candidate) -> Tried:
-        dictionary = candidate.dictionary
+        dictionary = candidate.make()
         encoder = self._encoders.get(id(dictionary)) or SparseEncoder(dictionary)
         if dictionary is self.dictionary:
             self._encoders[id(dictionary)] = encoder
@@ -211,8 +214,8 @@ class Search:
 
     def _believed(self, passes: bool) -> Tried | None:
         explaining = [one for one in self.tried if self._explains(one, passes)]
-        others = [one for one in explaining if one.candidate.causes != ("special tokens",)]
-        explaining = others or explaining
+        least = min((one.candidate.stands_in for one in explaining), default=0)
+        explaining = [one for one in explaining if one.candidate.stands_in == least]
         # two changes have to explain far more than one
         explaining.sort(key=lambda one: self._misfit(one) / FAR_BETTER ** len(one.candidate.causes))
         return explaining[0] if explaining else None
