@@ -249,9 +249,8 @@ def test_two_causes_at_once_are_named(model, blocks, healthy):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("seed", range(2))
-def test_a_random_dictionary_is_not_explained(model, blocks, healthy, tied, seed):
-    generator = torch.Generator().manual_seed(seed)
+def test_a_random_dictionary_is_not_explained(model, blocks, healthy, tied):
+    generator = torch.Generator().manual_seed(0)
     W_dec = torch.nn.functional.normalize(torch.randn(N_TOKENS, 32, generator=generator), dim=1)
     W_enc = W_dec.T.contiguous() if tied else torch.randn(32, N_TOKENS, generator=generator)
     rows = Rows(model, blocks, 700).at(SITE, "BOS")

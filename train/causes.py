@@ -36,8 +36,8 @@ class Candidate:
     remedy: str
     """What puts it right."""
     make: Callable[[], Dictionary]
-    """Makes the dictionary with the change; its config may still name the old sites. Candidates are many, and a
-    dictionary is large, so none is kept."""
+    """Makes the dictionary with the change; its config may still name the old sites. Candidates are many and
+    dictionaries large, so none is kept."""
     site: Site
     """Where it reads and writes."""
     text: Text = "BOS"
@@ -106,24 +106,23 @@ def sites_to_try(dictionary: Dictionary, model: LanguageModel, *, far: bool) -> 
             ]
             places += [(claimed[0], site_name(other, kind)) for other in at for kind in KINDS]
             places += [pair for other in at for pair in _transcoders(other)]
-    seen, chosen = {_same(claimed)}, []
-    for pair in places:
-        pair = _same(pair)
+    seen, chosen = {_same(*claimed)}, []
+    for reads, writes in places:
+        pair = _same(reads, writes)
         if _fits(pair, cfg.d_in, cfg.d_out, known) and pair not in seen:
             seen.add(pair)
             chosen.append(pair)
     return chosen
 
 
-def _same(pair: Site) -> Site:
+def _same(reads: str, writes: str) -> Site:
     """One name for each tensor: the residual stream entering a layer is what left the one below."""
-    reads, writes = (
-        site_name(layer_of(site) - 1, "resid_post")
-        if kind_of(site) == "resid_pre" and layer_of(site) > 0
-        else site
-        for site in pair
-    )
-    return reads, writes
+
+    def named(site: str) -> str:
+        entering = kind_of(site) == "resid_pre" and layer_of(site) > 0
+        return site_name(layer_of(site) - 1, "resid_post") if entering else site
+
+    return named(reads), named(writes)
 
 
 def _transcoders(layer: int) -> list[Site]:
@@ -220,7 +219,7 @@ def rescaled(base: Candidate, factor: float, usual: Mapping[str, float]) -> Cand
 
 
 def gates(base: Candidate, l0: float | None) -> Iterator[Candidate]:
-    """With another gate: none but relu, log thresholds, top-k (of `l0`, or of several where that is unknown)."""
+    """With another gate: relu, log thresholds, top-k (of `l0`, or of several where that is unknown)."""
     made = base.make()
     cfg = made.cfg
     if cfg.architecture == "gated":

@@ -288,7 +288,8 @@ def _losses(
 ) -> dict[str, dict[str, Any]]:
     """All dictionaries as they say of themselves, in one evaluation for each way of reading the text."""
     found: dict[str, dict[str, Any]] = {}
-    for way in dict.fromkeys(search.base.text for search in searches.values()):
+    ways: dict[Text, None] = dict.fromkeys(search.base.text for search in searches.values())
+    for way in ways:
         alike = {name: search.dictionary for name, search in searches.items() if search.base.text == way}
         found |= _spliced(alike, way, model, text, loss_tokens, report)
     return found

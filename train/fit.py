@@ -113,12 +113,15 @@ class ScaleScan:
         """The least among octaves, and from there by golden sections."""
         centre = min(_OCTAVES, key=lambda octave: loss(2.0**octave))
         low, high = centre - 1.0, centre + 1.0
+        left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
         for _ in range(8):
-            inner = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
-            if loss(2.0 ** inner[0]) <= loss(2.0 ** inner[1]):
-                high = inner[1]
+            # one of the two inner points stays one, so each turn costs one new fit
+            if loss(2.0**left) <= loss(2.0**right):
+                high, right = right, left
+                left = high - _GOLDEN * (high - low)
             else:
-                low = inner[0]
+                low, left = left, right
+                right = low + _GOLDEN * (high - low)
         return 2.0 ** ((low + high) / 2)
 
 
