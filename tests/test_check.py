@@ -222,7 +222,7 @@ def test_a_norm_of_each_row_is_named(model, blocks, kind):
     # embeddings, whose norms differ the most
     site = site_name(0, "resid_pre")
     x, tokens = training_rows(model, site)
-    read = per_token(kind)(x)
+    read = per_token(kind, x)
     found = explained(model, blocks, of_rows(read, read, tokens, site), "per-token norm")
     assert found.dictionary is None
 

@@ -1,6 +1,7 @@
 """The usual causes of a dictionary that does not fit: each a change that puts it right, if it is the one."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
@@ -13,7 +14,7 @@ from activations.sites import KINDS, kind_of, layer_of, site_name
 from sae.architectures import build
 from sae.dialects.parts import shift_input
 from sae.dictionary import Dictionary
-from train.fit import Site, Text, scaled
+from train.fit import PER_TOKEN, Site, Text, scaled
 
 # norms that differ by less than this are all the same
 _EVEN = 1e-3
@@ -106,23 +107,19 @@ def sites_to_try(dictionary: Dictionary, model: LanguageModel, *, far: bool) -> 
             ]
             places += [(claimed[0], site_name(other, kind)) for other in at for kind in KINDS]
             places += [pair for other in at for pair in _transcoders(other)]
-    seen, chosen = {_same(*claimed)}, []
+    seen, chosen = {(_named(claimed[0]), _named(claimed[1]))}, []
     for reads, writes in places:
-        pair = _same(reads, writes)
+        pair = _named(reads), _named(writes)
         if _fits(pair, cfg.d_in, cfg.d_out, known) and pair not in seen:
             seen.add(pair)
             chosen.append(pair)
     return chosen
 
 
-def _same(reads: str, writes: str) -> Site:
+def _named(site: str) -> str:
     """One name for each tensor: the residual stream entering a layer is what left the one below."""
-
-    def named(site: str) -> str:
-        entering = kind_of(site) == "resid_pre" and layer_of(site) > 0
-        return site_name(layer_of(site) - 1, "resid_post") if entering else site
-
-    return named(reads), named(writes)
+    entering = kind_of(site) == "resid_pre" and layer_of(site) > 0
+    return site_name(layer_of(site) - 1, "resid_post") if entering else site
 
 
 def _transcoders(layer: int) -> list[Site]:
@@ -169,7 +166,7 @@ def read_otherwise(base: Candidate, has_bos: bool) -> Iterator[Candidate]:
                 stands_in=2,
             )
     if base.site[0] == base.site[1] and not base.make().cfg.skip:
-        for kind in ("layer_norm", "constant_norm_rescale"):
+        for kind in PER_TOKEN:
             yield dataclasses.replace(
                 base,
                 causes=("per-token norm",),
@@ -196,12 +193,13 @@ def b_dec(base: Candidate) -> Iterator[Candidate]:
         (-1, "b_dec has to be subtracted from its input", "true"),
         (1, "b_dec was subtracted from its input and must not be", "false"),
     ):
+        change = functools.partial(_shifted, sign=sign)
+        yield base.then("b_dec", what, f"apply_b_dec_to_input: {flag}", change)
 
-        def shifted(dictionary: Dictionary, sign: int = sign) -> Dictionary:
-            tensors = tensors_of(dictionary)
-            return build(dictionary.cfg, shift_input(tensors, sign * tensors["b_dec"]))
 
-        yield base.then("b_dec", what, f"apply_b_dec_to_input: {flag}", shifted)
+def _shifted(dictionary: Dictionary, sign: int) -> Dictionary:
+    tensors = tensors_of(dictionary)
+    return build(dictionary.cfg, shift_input(tensors, sign * tensors["b_dec"]))
 
 
 def rescaled(base: Candidate, factor: float, usual: Mapping[str, float]) -> Candidate | None:
@@ -268,17 +266,18 @@ def _norms(base: Candidate) -> Iterator[Candidate]:
             "the thresholds have the decoder's norms in them": ((), ("threshold",)),
         }
     for what, (times, over) in changes.items():
-
-        def changed(
-            dictionary: Dictionary, times: tuple[str, ...] = times, over: tuple[str, ...] = over
-        ) -> Dictionary:
-            tensors = tensors_of(dictionary)
-            by_latent = {name: norms[:, None] if name == "W_dec" else norms for name in (*times, *over)}
-            made = {name: tensors[name] * by_latent[name] for name in times}
-            return _with(dictionary, **made, **{name: tensors[name] / by_latent[name] for name in over})
-
+        change = functools.partial(_renormed, times=times, over=over)
         line = [f"{', '.join(times)} *= norms"] * bool(times) + [f"{', '.join(over)} /= norms"] * bool(over)
-        yield base.then("folded norms", what, f"{', '.join(line)}, where norms = W_dec.norm(dim=1)", changed)
+        yield base.then("folded norms", what, f"{', '.join(line)}, where norms = W_dec.norm(dim=1)", change)
+
+
+def _renormed(dictionary: Dictionary, times: tuple[str, ...], over: tuple[str, ...]) -> Dictionary:
+    tensors = tensors_of(dictionary)
+    norms = dictionary.W_dec.norm(dim=1)
+    made = {name: tensors[name] * norms for name in times}
+    # the decoder's latents are its rows
+    made |= {name: tensors[name] / (norms[:, None] if name == "W_dec" else norms) for name in over}
+    return _with(dictionary, **made)
 
 
 def _transposed(base: Candidate) -> Iterator[Candidate]:
@@ -344,12 +343,13 @@ def norm_weight(base: Candidate, gain: Float[Tensor, " d_in"]) -> Iterator[Candi
         ("folded in as w instead of 1 + w", "W_enc *= (1 + w) / w", gain / stored),
         ("taken out as w instead of 1 + w", "W_enc *= w / (1 + w)", stored / gain),
     ):
+        change = functools.partial(_weighted, factor=factor)
+        yield base.then("folded norms", f"the norm's weight was {what}", line, change)
 
-        def weighted(dictionary: Dictionary, factor: Tensor = factor) -> Dictionary:
-            W_enc = dictionary.W_enc
-            return _with(dictionary, W_enc=W_enc * factor.to(W_enc)[:, None])
 
-        yield base.then("folded norms", f"the norm's weight was {what}", line, weighted)
+def _weighted(dictionary: Dictionary, factor: Float[Tensor, " d_in"]) -> Dictionary:
+    W_enc = dictionary.W_enc
+    return _with(dictionary, W_enc=W_enc * factor.to(W_enc)[:, None])
 
 
 def tensors_of(dictionary: Dictionary) -> dict[str, Tensor]:

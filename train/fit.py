@@ -102,12 +102,8 @@ class ScaleScan:
 
     def nearest_l0(self, octaves_off: Callable[[float], float]) -> float:
         """The factor whose L0 is as published; of several, the one that leaves the least FVU."""
-
-        def off(factor: float) -> float:
-            found = self.fit(factor)
-            return octaves_off(found.l0) + 1e-3 * min(found.fvu, 10.0)
-
-        return self._least(off)
+        fit = self.fit
+        return self._least(lambda factor: octaves_off(fit(factor).l0) + 1e-3 * min(fit(factor).fvu, 10.0))
 
     def _least(self, loss: Callable[[float], float]) -> float:
         """The least among octaves, and from there by golden sections."""
@@ -189,14 +185,14 @@ def as_text(blocks: TokenBlocks, text: Text, bos_id: int | None) -> TokenBlocks:
     return TokenBlocks(**parts)
 
 
-def per_token(kind: str) -> Callable[[Tensor], Tensor]:
-    """A normalisation of each row by itself, in fp32: no weights can do it."""
+PER_TOKEN = ("layer_norm", "constant_norm_rescale")
+"""Normalisations of each row by itself, by SAELens's names: no weights can do them."""
 
-    def layer_norm(x: Tensor) -> Tensor:
-        centred = x.float() - x.float().mean(1, keepdim=True)
-        return centred / centred.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)
 
-    def constant_norm(x: Tensor) -> Tensor:
-        return x.float() * math.sqrt(x.shape[1]) / x.float().norm(dim=1, keepdim=True).clamp_min(1e-6)
-
-    return {"layer_norm": layer_norm, "constant_norm_rescale": constant_norm}[kind]
+def per_token(kind: str, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
+    """One of `PER_TOKEN`, in fp32."""
+    rows = x.float()
+    if kind == "layer_norm":
+        rows = rows - rows.mean(1, keepdim=True)
+    # both give rows of a mean square of 1
+    return rows / rows.square().mean(1, keepdim=True).sqrt().clamp_min(1e-6)

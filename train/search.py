@@ -206,7 +206,7 @@ class Search:
             self._encoders[id(dictionary)] = encoder
         x, y = (self.rows.at(site, candidate.text) for site in candidate.site)
         if candidate.reading:
-            x, y = (per_token(candidate.reading)(part) for part in (x, y))
+            x, y = (per_token(candidate.reading, part) for part in (x, y))
         made = Tried(candidate, measure(encoder, x, y, massive=candidate.text == "special tokens"))
         self.tried.append(made)
         self.on_tried(len(self.tried))
