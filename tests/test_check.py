@@ -280,7 +280,7 @@ def test_the_result_is_a_table_and_a_page(model, blocks, healthy):
 def test_progress_is_told(model, blocks, healthy):
     told = []
     check(healthy, model, blocks, progress=lambda what, done, total: told.append((what, done, total)))
-    assert {what for what, _, _ in told} >= {"reconstruction on held-out text", "candidates"}
+    assert {what for what, _, _ in told} >= {"reconstruction on held-out text", "causes tried"}
     assert all(0 <= done <= total for _, done, total in told)
 
 

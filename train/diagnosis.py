@@ -166,10 +166,7 @@ def check_all(
     for name, dictionary in dictionaries.items():
         check_width(dictionary.cfg, model)
         said = (published or {}).get(name) or published_l0(dictionary.cfg)
-        label = f"candidates {name}".strip()
-        searches[name] = Search(
-            dictionary, model, rows, said, lambda n, label=label: report(label, n, max(n, _SOME))
-        )
+        searches[name] = Search(dictionary, model, rows, said)
     found = _losses(
         {name: search for name, search in searches.items() if search.readable},
         model,
@@ -178,7 +175,7 @@ def check_all(
         report,
     )
     return {
-        name: _diagnose(search, found.get(name, {}), model, text, loss_tokens, report)
+        name: _diagnose(name, search, found.get(name, {}), model, text, loss_tokens, report)
         for name, search in searches.items()
     }
 
@@ -216,6 +213,7 @@ def published_l0(cfg: DictionaryConfig, source: str = "") -> Published | None:
 
 
 def _diagnose(
+    name: str,
     search: Search,
     losses: dict[str, Any],
     model: LanguageModel,
@@ -224,7 +222,10 @@ def _diagnose(
     report: Progress,
 ) -> Diagnosis:
     wrong = _wrong(search, losses)
-    cause = search.cause(passes=not wrong)
+    label = f"causes tried {name}".strip()
+    # how many it takes shows on the way
+    cause = search.cause(passes=not wrong, on_tried=lambda n: report(label, n, max(n + 1, _SOME)))
+    report(label, len(search.tried), len(search.tried))
     closest = search.closest()
     changed = cause or (closest if wrong else None)
     after: dict[str, Any] = {}

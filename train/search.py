@@ -74,10 +74,8 @@ class Search:
         model: LanguageModel,
         rows: Rows,
         published: Published | None,
-        on_tried: Callable[[int], None] = lambda n: None,
     ) -> None:
         self.dictionary, self.model, self.rows, self.published = dictionary, model, rows, published
-        self.on_tried = on_tried
         cfg = dictionary.cfg
         without_bos = not cfg.prepend_bos and model.bos_id is not None
         self.base = Candidate(
@@ -89,6 +87,7 @@ class Search:
             text="no BOS" if without_bos else "BOS",
         )
         self.tried: list[Tried] = []
+        self._on_tried: Callable[[int], None] = lambda n: None
         # many candidates differ in the site alone
         self._encoders: dict[int, SparseEncoder] = {}
 
@@ -103,8 +102,12 @@ class Search:
         """The dictionary as it says of itself; None where the model has no such site."""
         return self._try(self.base) if self.readable else None
 
-    def cause(self, *, passes: bool) -> Tried | None:
-        """What explains the misfit, or is far better than what passes; None when nothing does."""
+    def cause(self, *, passes: bool, on_tried: Callable[[int], None] = lambda n: None) -> Tried | None:
+        """What explains the misfit, or is far better than what passes; None when nothing does.
+
+        `on_tried` is told how many candidates were tried so far.
+        """
+        self._on_tried = on_tried
         self._all(self._first(passes))
         if found := self._believed(passes):
             # a dictionary may have two things wrong with it
@@ -209,7 +212,7 @@ class Search:
             x, y = (per_token(candidate.reading, part) for part in (x, y))
         made = Tried(candidate, measure(encoder, x, y, massive=candidate.text == "special tokens"))
         self.tried.append(made)
-        self.on_tried(len(self.tried))
+        self._on_tried(len(self.tried))
         return made
 
     def _believed(self, passes: bool) -> Tried | None:

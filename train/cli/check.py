@@ -223,15 +223,26 @@ def _summary(found: Mapping[str, "Diagnosis"]) -> "Table":
             verdict = f"does not fit: {' + '.join(one.cause.candidate.causes)}"
         elif verdict == "unexplained":
             verdict = "does not fit: unexplained"
+        label = _label(name)
         of = "-" if one.published is None else str(one.published)
         if one.claimed is None:
-            made.add_row(name, "-", of, "-", "-", "-", verdict)
+            made.add_row(label, "-", of, "-", "-", "-", verdict)
         for what, tried, losses in one.rows():
             first = tried is one.claimed
             l0, fvu = losses.get("l0", tried.fit.l0), losses.get("fvu", tried.fit.fvu)
             cells = (figure(l0, 1), of if first else "", figure(fvu, 4), *_loss_cells(losses))
-            made.add_row(name if first else f"  {what.partition(':')[0]}", *cells, verdict if first else "")
+            made.add_row(label if first else f"  {what.partition(':')[0]}", *cells, verdict if first else "")
     return made
+
+
+def _label(name: str) -> str:
+    """A site in short, where the name is one."""
+    from activations.sites import site_label
+
+    try:
+        return site_label(name)
+    except UserError:
+        return name
 
 
 def _loss_cells(losses: Mapping[str, Any]) -> tuple[str, str]:
