@@ -78,6 +78,11 @@ class LanguageModel:
             if site in hooks:
                 self._points[site] = hooks[site]
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Every site, by layer and then in the order of computation."""
+        return tuple(self._points)
+
     def site_width(self, site: str) -> int:
         """The width at a site, known without a forward pass. Raises UserError for a site it lacks."""
         self.check_sites([site])
@@ -123,7 +128,8 @@ class LanguageModel:
         n_wanted = len(set(sites))
 
         def keep(site: str, activation: Tensor) -> None:
-            found[site] = activation
+            # what a norm gives before its weight is fp32 in every model
+            found[site] = activation.to(self.dtype)
             if len(found) == n_wanted:
                 raise _AllFound
 

@@ -14,6 +14,7 @@ _HOOKS = {
     "attn_z": "attn.hook_z",
     "attn_out": "hook_attn_out",
     "resid_mid": "hook_resid_mid",
+    "ln2_normalized": "ln2.hook_normalized",
     "mlp_in": "mlp.hook_in",
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
@@ -22,9 +23,12 @@ _HOOKS = {
 
 KINDS: tuple[str, ...] = tuple(_HOOKS)
 """resid_pre: the residual stream entering the block; attn_z: the heads' outputs, concatenated, before the
-output projection; attn_out and mlp_out: what attention and MLP add to the residual stream (after their post-
-norm, where the model has one); resid_mid: the residual stream between them; mlp_in: what the MLP reads (after
-its norm); resid_post: the residual stream leaving the block."""
+output projection; attn_out and mlp_out: what attention and MLP add to the residual stream (after their
+post-norm, where the model has one); resid_mid: the residual stream between them; ln2_normalized: what the
+MLP's norm gives before its learned weight (Gemma Scope 1's transcoders read it); mlp_in: what the MLP reads,
+which is that times the weight (in Gemma times 1 + weight), plus the norm's bias where it has one; resid_post:
+the residual stream leaving the block. TransformerLens's `hook_embed` is no layer's: where no positions are
+added to the embeddings, as in Gemma, it is `blocks.0.hook_resid_pre`."""
 
 _KIND_OF_HOOK = {hook: kind for kind, hook in _HOOKS.items()}
 _SITE = re.compile(r"blocks\.(\d+)\.(.+)")

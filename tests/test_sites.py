@@ -1,9 +1,12 @@
 """Names of sites and ranges of layers."""
 
 import pytest
+import torch
+from conftest import wrapped_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+from activations.models import LanguageModel
 from activations.sites import KINDS, expand_sites, kind_of, layer_of, parse_layers, site_label, site_name
 from sae.errors import UserError
 
@@ -67,6 +70,29 @@ def test_unknown_kind_names_the_nearest() -> None:
         expand_sites("resid_pots", "all", 18)
     with pytest.raises(UserError, match=r"Did you mean blocks\.3\.hook_resid_post"):
         layer_of("blocks.3.resid_post")
+
+
+@pytest.mark.parametrize("architecture", ["gemma", "gemma2", "gemma3", "llama", "gpt2"])
+def test_what_the_mlp_reads_is_what_its_norm_gives_times_the_weight(architecture: str) -> None:
+    model = wrapped_model(architecture)
+    sites = [site_name(1, kind) for kind in ("ln2_normalized", "mlp_in")]
+    before, after = model.activations(torch.arange(3, 27).view(2, 12), sites).values()
+    norm = model.bridge.blocks[1].ln2.original_component
+    weight = norm.weight + 1 if architecture.startswith("gemma") else norm.weight
+    torch.testing.assert_close(before * weight + getattr(norm, "bias", torch.tensor(0.0)), after)
+    torch.testing.assert_close(before.square().mean(-1), torch.ones(2, 12), rtol=0, atol=1e-4)
+
+
+def test_embeddings_are_the_residual_stream_entering_the_first_block(tiny_model: LanguageModel) -> None:
+    site, found = site_name(0, "resid_pre"), []
+    handle = tiny_model.bridge.hook_dict["hook_embed"].register_forward_hook(
+        lambda *args: found.append(args[2])
+    )
+    try:
+        entering = tiny_model.activations(torch.arange(3, 15)[None], [site])[site]
+    finally:
+        handle.remove()
+    assert torch.equal(found[0], entering)
 
 
 @pytest.mark.parametrize(

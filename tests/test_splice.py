@@ -30,7 +30,10 @@ def test_the_clean_activation_spliced_back_changes_nothing(model: LanguageModel)
     run = clean_run(model, TOKENS, sites)
     assert torch.equal(run.final, model.run_body(TOKENS))
     for site in sites:
-        assert torch.equal(spliced_final(model, TOKENS, run, site, run.acts[site]), run.final), site
+        spliced = spliced_final(model, TOKENS, run, site, run.acts[site])
+        # the bridge computes anew what follows from a written norm, and rounds once more
+        bound = 1e-5 if site.endswith("hook_normalized") else 0
+        torch.testing.assert_close(spliced, run.final, rtol=bound, atol=bound)
 
 
 def test_skipping_blocks_gives_what_the_whole_model_gives(model: LanguageModel) -> None:

@@ -69,7 +69,7 @@ def evaluate(
     kept_for_losses: list[TokenBlocks] = []
     wanted = max(loss_tokens, baseline_tokens)
     held = done = 0
-    for batch in _until(blocks, max(tokens, wanted)):
+    for batch in first_tokens(blocks, max(tokens, wanted)):
         if held < wanted:
             kept_for_losses.extend(_first_blocks(batch, wanted - held))
             held = sum(int(part.keep.sum()) for part in kept_for_losses)
@@ -310,7 +310,7 @@ def _sum_by_block(
     )
 
 
-def _until(blocks: Iterable[TokenBlocks], tokens: int) -> Iterator[TokenBlocks]:
+def first_tokens(blocks: Iterable[TokenBlocks], tokens: int) -> Iterator[TokenBlocks]:
     """Batches of blocks up to the block in which that many kept tokens are reached."""
     left = tokens
     for batch in blocks:

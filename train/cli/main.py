@@ -46,6 +46,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "write a dictionary in another library's format",
         "export runs/gemma/sites/blocks.9.hook_resid_post --to sparsify --out for-them",
     ),
+    "check": (
+        "whether a dictionary fits its model, and if not, why",
+        "check google/gemma-scope-2-270m-pt/resid_post_all/layer_9_width_16k_l0_small --model gemma-3-270m",
+    ),
     "info": ("what a run, a dictionary (here or at the hub), a store or this machine is", "info runs/gemma"),
 }
 USAGE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 2, 130, 143, 141
