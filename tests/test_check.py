@@ -132,7 +132,7 @@ def test_a_usual_scale_is_told_by_name(model, blocks, healthy):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_b_dec_at_the_input_is_named(model, blocks, healthy, sign):
     whole = tensors(healthy)
-    broken = sae.build(healthy.cfg, shift_input(whole, sign * whole["b_dec"]))
+    broken = sae.build(healthy.cfg, shift_input(whole, sign, "the test"))
     found = explained(model, blocks, broken, "b_dec", like=healthy)
     assert ("must not" in found.cause.candidate.what) == (sign < 0)
 
@@ -238,7 +238,7 @@ def test_a_centred_stream_is_named(model, blocks):
 
 def test_two_causes_at_once_are_named(model, blocks, healthy):
     whole = tensors(scaled(healthy, 20.0))
-    both = sae.build(healthy.cfg, shift_input(whole, whole["b_dec"]))
+    both = sae.build(healthy.cfg, shift_input(whole, 1, "the test"))
     found = diagnosed(model, blocks, both)
     assert found.verdict == "explained", str(found)
     assert set(found.cause.candidate.causes) == {"scale", "b_dec"}

@@ -199,7 +199,7 @@ def b_dec(base: Candidate) -> Iterator[Candidate]:
 
 def _shifted(dictionary: Dictionary, sign: int) -> Dictionary:
     tensors = tensors_of(dictionary)
-    return build(dictionary.cfg, shift_input(tensors, sign * tensors["b_dec"]))
+    return build(dictionary.cfg, shift_input(tensors, sign, "the dictionary"))
 
 
 def rescaled(base: Candidate, factor: float, usual: Mapping[str, float]) -> Candidate | None:
