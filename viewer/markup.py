@@ -32,6 +32,9 @@ rgba(128,128,128,.25);overflow-wrap:anywhere} .js-ex p{margin:0;line-height:1.85
 ol{list-style:none;margin:0;padding:0} .js-logits
 li{display:flex;justify-content:space-between;gap:.75rem;padding:.12rem .4rem;margin:0 0 2px;
   border-radius:3px;font-size:.9rem;font-variant-numeric:tabular-nums}
+.js-wide ol{columns:11rem;column-gap:1.5rem} .js-label{font-size:1.15rem;margin:.2rem 0;overflow-wrap:anywhere}
+.js-label small{font-size:.75rem;opacity:.75} .js-card details{margin:.4rem 0} .js-card
+summary{cursor:pointer;font-size:.85rem;opacity:.85}
 .js-logits .js-t{overflow:hidden;text-overflow:ellipsis;white-space:pre}
 .js-note{font-size:.8rem;opacity:.75;margin:.75rem 0 0} .js-scroll{overflow-x:auto}
 .js-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem;white-space:nowrap}
@@ -61,6 +64,11 @@ def readable(token: str, *, alone: bool = True) -> str:
         tail = len(shown) - head - len(inner)
         shown = "·" * head + inner + "·" * tail
     return shown
+
+
+def readable_text(text: str) -> str:
+    """Text that a person or a rule wrote, with what cannot be seen shown as in `readable`, at any length."""
+    return "".join(c if c == "\n" else _character(c) for c in text)
 
 
 def number(value: float | int, figures: int = 3) -> str:
@@ -149,6 +157,22 @@ def logits_html(logits: Any) -> str:
             items.append(f'<li style="{bar}">{token_html(row.token)}<span>{row.logit:+.2f}</span></li>')
         lists.append(f'<div><div class="js-h">{heading}</div><ol>{"".join(items)}</ol></div>')
     return f'<div class="js-logits">{"".join(lists)}</div>'
+
+
+def drivers_html(drivers: Any) -> str:
+    """The tokens that a feature fires on (the DataFrame of `Feature.drivers`), with bars."""
+    if not len(drivers):
+        return ""
+    items = "".join(
+        f'<li style="background:linear-gradient(90deg,rgba(245,145,20,.26) {100 * row.share:.0f}%,transparent '
+        f'{100 * row.share:.0f}%)" title="{row.count} firings, mean {number(row.mean)}, {number(row.lift)} times '
+        f'chance">{token_html(row.token)}<span>{percent(row.share)}</span></li>'
+        for row in drivers.itertuples(index=False)
+    )
+    return (
+        '<div class="js-h">Fires on, by share of its activation</div>'
+        f'<div class="js-logits js-wide"><ol>{items}</ol></div>'
+    )
 
 
 def facts_html(facts: Sequence[tuple[str, str]]) -> str:
