@@ -8,15 +8,15 @@ from activations.sites import site_label
 from viewer import markup
 from viewer.features import Feature
 
-CONTEXT = 40
-"""Tokens that a card shows either side of an example's peak."""
+CONTEXT, BAND_CONTEXT = 40, 16
+"""Tokens that a card shows either side of an example's peak: of the highest, and in the bands."""
 _TEXT_CONTEXT, _TEXT_AFTER = 12, 6
 _KINDS = {"cosine": "Same layer", "previous": "Layer before", "next": "Layer after"}
 _RELATED, _DRIVERS, _EXAMPLES, _TEXT_EXAMPLES = 5, 8, 8, 5
 
 
 def feature_text(feature: Feature) -> str:
-    """What it is in a terminal: label, numbers, logits, drivers and its best examples, the peak in brackets."""
+    """What it is in a terminal: label, numbers, tokens and its best examples, the peak in brackets."""
     site = feature.site
     lines = [f"{site.name} latent {feature.latent}: " + ", ".join(f"{n} {v}" for n, v in feature.facts())]
     if feature.label:
@@ -31,11 +31,11 @@ def feature_text(feature: Feature) -> str:
     ):
         if len(tokens):
             lines.append(f"  {word}  " + "  ".join(markup.readable(t) for t in tokens))
-    for row in feature.examples(0, _TEXT_CONTEXT).head(_TEXT_EXAMPLES).itertuples():
-        text, peak = [markup.readable(t, alone=False) for t in row.tokens], row.peak
+    for row in feature.examples(0, _TEXT_CONTEXT).head(_TEXT_EXAMPLES).to_dict("records"):
+        text, peak = [markup.readable(t, alone=False) for t in row["tokens"]], row["peak"]
         text[peak] = f"[{text[peak]}]"
         around = "".join(text[: peak + _TEXT_AFTER + 1])
-        lines.append(f"  {markup.number(row.activation):>7}  {around}")
+        lines.append(f"  {markup.number(row['activation']):>7}  {around}")
     return "\n".join(lines)
 
 
@@ -65,8 +65,7 @@ def label_html(feature: Feature) -> str:
 
 def examples_html(feature: Feature) -> str:
     """Its highest examples in full, and the samples of each fifth of its range, folded."""
-    examples = feature.examples(context=CONTEXT)
-    best = examples[examples["band"] == 0].head(_EXAMPLES)
+    best, examples = feature.examples(0, CONTEXT).head(_EXAMPLES), feature.examples(context=BAND_CONTEXT)
     parts = ['<div class="js-h">Highest</div>', markup.examples_html(best, feature.max)]
     for band in sorted(set(examples["band"]) - {0}):
         rows = examples[examples["band"] == band]

@@ -90,12 +90,12 @@ class Comparison:
     def _repr_html_(self) -> str:
         rows = [
             [
-                str(row.latent),
-                str(row.other),
-                markup.number(row.cosine),
-                html.escape(markup.readable_text(row.label)),
+                str(row["latent"]),
+                str(row["other"]),
+                markup.number(row["cosine"]),
+                html.escape(markup.readable_text(row["label"])),
             ]
-            for row in self.new.head(_SHOWN).itertuples()
+            for row in self.new.head(_SHOWN).to_dict("records")
         ]
         return (
             f'{markup.STYLE}<div class="js-card"><h4>{html.escape(repr(self).partition(":")[0])}</h4>'
@@ -112,7 +112,7 @@ def compare(
     site: str,
     cosine: float,
 ) -> Comparison:
-    """Compares two dictionaries of a site, of any widths. Raises UserError when they write to other spaces."""
+    """Compares two dictionaries, of any widths. Raises UserError when they write to spaces that differ."""
     W_dec = [d.W_dec.detach().float().cpu() for d in dictionaries]
     if W_dec[0].shape[1] != W_dec[1].shape[1]:
         raise UserError(

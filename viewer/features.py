@@ -179,9 +179,8 @@ class Feature:
 
     def logit_histogram(self) -> pd.DataFrame:
         """How its logits spread over the vocabulary: lower, upper, count. Empty where it has none."""
-        return _bins(
-            np.array(self.site.manifest.get("logit_histogram_edges", [0.0])), self._row["logit_histogram"]
-        )
+        edges = self.site.manifest.get("logit_histogram_edges", [])
+        return _bins(np.array(edges, dtype=float), self._row["logit_histogram"])
 
     def drivers(self, order: str = "activation") -> pd.DataFrame:
         """The tokens it fires on: token, id, count, mean, share (of its activation), lift.
@@ -200,15 +199,15 @@ class Feature:
 
         Kind is cosine (its own site), previous or next (the indexed layer before and after).
         """
-        frame = self._related()
-        frame = frame[frame["kind"] != COFIRING].drop(columns=["count"])
-        return frame.rename(columns={"value": "cosine"}).reset_index(drop=True)
+        found = self._related
+        frame = self._labelled(found[found["kind"] != COFIRING].drop(columns=["count"]))
+        return frame.rename(columns={"value": "cosine"})
 
     def cofiring(self) -> pd.DataFrame:
-        """Latents of its site that fire on the same tokens: site, latent, label, phi, count (of those tokens)."""
-        frame = self._related()
-        frame = frame[frame["kind"] == COFIRING].drop(columns=["kind"])
-        return frame.rename(columns={"value": "phi"}).astype({"count": "int64"}).reset_index(drop=True)
+        """Latents of its site that fire on the same tokens: site, latent, label, phi, count of those."""
+        found = self._related
+        frame = self._labelled(found[found["kind"] == COFIRING].drop(columns=["kind"]))
+        return frame.rename(columns={"value": "phi"}).astype({"count": "int64"})
 
     def neurons(self) -> pd.DataFrame:
         """The largest entries of its decoder row: neuron, value, share (of the row's L1 norm)."""
@@ -266,15 +265,20 @@ class Feature:
     def _fired(self) -> tuple[np.ndarray, np.ndarray]:
         return self.site.tables.firings.latent(self.latent)
 
+    @functools.cached_property
     def _related(self) -> pd.DataFrame:
         table = self.site.tables.related.of(self.latent).drop_columns(["latent", "rank"])
-        frame = table.to_pandas().rename(columns={"other_site": "site", "other": "latent"})
-        frame.insert(3, "label", "")
+        return table.to_pandas().rename(columns={"other_site": "site", "other": "latent"})
+
+    def _labelled(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """With a column `label`, of latents of the columns `site` and `latent`."""
+        labels = np.full(len(frame), "", dtype=object)
         # a neighbour's site may have been indexed elsewhere
         for site in set(frame["site"]) & set(self.site.index.sites()):
-            here = frame["site"] == site
-            frame.loc[here, "label"] = self.site.index.labels_of(site, frame.loc[here, "latent"].tolist())
-        return frame
+            here = np.flatnonzero(frame["site"] == site)
+            labels[here] = self.site.index.labels_of(site, frame["latent"].iloc[here].tolist())
+        frame.insert(frame.columns.get_loc("latent") + 1, "label", labels)
+        return frame.reset_index(drop=True)
 
     def _annotation(self, field: str) -> str:
         return self.site.index.annotations.get(self.site.name, self.latent, field)

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 
-from activations.sites import layer_of, site_label
+from activations.sites import layer_of
 from sae.errors import UserError
 from viewer.features import Feature, Site
 from viewer.markup import percent, readable
@@ -28,7 +28,7 @@ _PROOFS = ("label", "drivers", "context", "logits")
 
 
 def find_token(token: str | int, index: IndexFolder, sites: Sequence[str], limit: int) -> pd.DataFrame:
-    """Latents that the token drives: site, layer, latent, label, why, score, share, coverage, lift, count, mean.
+    """Latents that the token drives: site, layer, latent, label, why, score and the numbers behind it.
 
     share is the token's part of the latent's activation, coverage the part of the token's occurrences on
     which it fires; score is their harmonic mean, so a latent must fire on little else and miss little. All
@@ -101,7 +101,7 @@ def find_text(text: str, index: IndexFolder, sites: Sequence[str], limit: int) -
 def find_like(
     like: Feature, decoders: Mapping[str, Float[torch.Tensor, "latent d_out"]], index: IndexFolder, limit: int
 ) -> pd.DataFrame:
-    """Latents whose decoder rows point as that of `like`: site, layer, latent, label, why, score (the cosine).
+    """Latents whose decoder rows point as that of `like`, as in `find_text`; the score is the cosine.
 
     Sites that write to another width are left out.
     """
@@ -124,7 +124,7 @@ def find_like(
 
 
 def duplicates(sites: Mapping[str, Site], cosine: float) -> pd.DataFrame:
-    """Pairs of latents of a site with decoder rows of at least this cosine: site, latent, other, cosine, jaccard."""
+    """Pairs of latents of a site whose decoder rows have at least this cosine, as `Run.duplicates` says."""
     rows = []
     for name, site in sites.items():
         related = site.tables.all_cosines

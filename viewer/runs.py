@@ -238,11 +238,14 @@ class Run:
 
 
 def open(path: Path | str) -> Run:
-    """Opens a run folder, or a folder with an index: `index` in it, or itself. Raises UserError for others."""
+    """Opens a run folder, or an index without a run (or one site of it). Raises UserError for others."""
     path = Path(path)
     if not (path / RUN).is_file():
         # a dictionary's folder with its index, the index, or one site of it
         for index, home in ((path / "index", path), (path, path), (path.parent, path.parent)):
+            if (index.parent / RUN).is_file() and index.name == "index":
+                path = index.parent
+                break
             if (index / TEXTS / MANIFEST).is_file():
                 return Run(home, index, None)
     folder = RunFolder.open(path)

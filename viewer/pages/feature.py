@@ -95,7 +95,7 @@ def show_feature(feature: Feature) -> None:
             cards.examples_html(feature)
             + cards.related_html(feature)
             + markup.note_html(
-                f"From {manifest['tokens']:,} tokens of {manifest['corpus']}; the highest token of each document."
+                f"From {manifest['tokens']:,} tokens of {manifest['corpus']}, a place of each document."
             )
         )
 
