@@ -11,6 +11,7 @@ unless --keep has it already. The last line is JSON.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import tempfile
@@ -91,9 +92,10 @@ def measure(folder: Path, times: int) -> dict[str, dict[str, float]]:
         "label = ...": relabel,
     }
     words = [f" word{n}" for n in np.unique(np.geomspace(1, 2000, 3 * times).astype(int))]
-    taken = {"run.layer(l)[i]": [_timed(feature) for _ in range(times)]}
+    taken = {"open a site": [_timed(functools.partial(run.site, site)) for site in run.sites]}
+    taken |= {"run.layer(l)[i]": [_timed(feature) for _ in range(times)]}
     for name, call in on_feature.items():
-        taken[name] = [_timed(lambda call=call, f=feature(): call(f)) for _ in range(times)]
+        taken[name] = [_timed(functools.partial(call, feature())) for _ in range(times)]
     for name, call in {
         "find(token=)": lambda: run.find(token=str(generator.choice(words))),
         "find(text=)": lambda: run.find(text=" ".join(generator.choice(words, 2))),

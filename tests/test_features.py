@@ -53,7 +53,7 @@ def test_a_feature_answers_in_tables_that_agree_with_one_another(run):
                 row["values"][row["peak"]] == row["activation"] and row["tokens"][row["peak"]] == row["token"]
             )
             # all that fired in this document of this block is shown, and nothing else
-            here = fired.loc[(row["block"], row["document"]), "activation"]
+            here = fired.sort_index().loc[(row["block"], row["document"]), "activation"]
             assert [v for v in row["values"] if v] == here.tolist()
         assert logits["side"].value_counts().to_dict() == {"top": 10, "bottom": 10}
         assert (

@@ -1,6 +1,6 @@
 """Labels and notes that people give to latents: a line of JSON each time, the last one wins.
 
-    {"site": "blocks.9.hook_resid_post", "latent": 123, "label": "cities", "time": "2026-01-02T03:04:05+00:00"}
+    {"site": "blocks.9.hook_resid_post", "latent": 123, "label": "cities", "time": "2026-01-02T03:04:05Z"}
 
 The file lies in the run folder, so a copy of the run keeps it; two files may be joined with `cat`.
 """

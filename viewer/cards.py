@@ -69,7 +69,9 @@ def examples_html(feature: Feature) -> str:
     parts = ['<div class="js-h">Highest</div>', markup.examples_html(best, feature.max)]
     for band in sorted(set(examples["band"]) - {0}):
         rows = examples[examples["band"] == band]
-        low, high = (markup.number(rows["activation"].agg(end)) for end in ("min", "max"))
+        low, high = (
+            markup.number(float(end)) for end in (rows["activation"].min(), rows["activation"].max())
+        )
         inside = markup.examples_html(rows, feature.max)
         parts.append(f"<details><summary>Band {band} of 5: {low} to {high}</summary>{inside}</details>")
     return "".join(parts)

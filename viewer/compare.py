@@ -112,7 +112,7 @@ def compare(
     site: str,
     cosine: float,
 ) -> Comparison:
-    """Compares two dictionaries, of any widths. Raises UserError when they write to spaces that differ."""
+    """Compares two dictionaries, of any widths. Raises UserError when their spaces differ."""
     W_dec = [d.W_dec.detach().float().cpu() for d in dictionaries]
     if W_dec[0].shape[1] != W_dec[1].shape[1]:
         raise UserError(

@@ -44,7 +44,7 @@ def find_token(token: str | int, index: IndexFolder, sites: Sequence[str], limit
     frames = []
     for site in sites:
         drivers = index.site(site).all_drivers
-        here = np.isin(drivers["token"], wanted)
+        here = np.flatnonzero(np.isin(drivers["token"], wanted))
         names = ("latent", "token", "count", "share", "lift", "mean")
         frame = pd.DataFrame({name: drivers[name][here] for name in names})
         frame = frame.drop_duplicates(["latent", "token"]).drop(columns="token")
@@ -75,7 +75,7 @@ def find_text(text: str, index: IndexFolder, sites: Sequence[str], limit: int) -
     if not words:
         raise UserError("find needs a word", repr(text), "give one or several, or look for a token")
     tokens = [index.strings.by_word.get(word, []) for word in words]
-    contexts = [near(index.texts, np.array(ids), _REACH) for ids in tokens]
+    contexts = [near(index.texts, np.array(ids, np.int64), _REACH) for ids in tokens]
     proofs = {
         site: np.stack(
             [
@@ -154,14 +154,20 @@ def _proof(
 ) -> Float[np.ndarray, "proof latent"]:
     """What each latent of a site has of a word, in the order of _PROOFS."""
     proof = np.zeros((len(_PROOFS), tables.n_latents))
-    pattern = re.compile(rf"(?<!\w){re.escape(word[:-1] if word.endswith('y') else word)}", re.IGNORECASE)
-    # the pattern is quick and lets too much through
-    for latent, label in enumerate(labels):
-        if pattern.search(label) and word in map(stem, re.findall(r"\w+", label)):
-            proof[0, latent] = _IN_LABEL
+    starts = np.cumsum([0] + [len(label) + 1 for label in labels])
+    # one pass over all labels; a word's beginning, since its plural may end otherwise
+    for match in re.finditer(
+        rf"(?<!\w){re.escape(word.removesuffix('y'))}\w*", "\n".join(labels), re.IGNORECASE
+    ):
+        if stem(match[0]) == word:
+            proof[0, np.searchsorted(starts, match.start(), "right") - 1] = _IN_LABEL
     if len(tokens):
         drivers = tables.all_drivers
-        hit = drivers["by_activation"] & np.isin(drivers["token"], tokens)
+        hit = np.flatnonzero(np.isin(drivers["token"], tokens))
+        # a token may be there by activation and by lift
+        hit = hit[
+            np.unique(np.stack([drivers["latent"][hit], drivers["token"][hit]]), axis=1, return_index=True)[1]
+        ]
         np.add.at(proof[1], drivers["latent"][hit], drivers["share"][hit])
         examples = tables.top_examples
         inside = context[examples["block"], examples["peak"]]

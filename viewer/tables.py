@@ -27,7 +27,6 @@ from viewer.storage import (
     TOKENS,
     read_firings,
     read_manifest,
-    read_rows,
     read_texts,
     read_tokens,
 )
@@ -55,10 +54,24 @@ class Rows:
         self._group = np.array([n for n, _ in bounds], dtype=np.int64)
         self._first = np.array([b.min for _, b in bounds], dtype=np.int64)
         self._last = np.array([b.max for _, b in bounds], dtype=np.int64)
+        self._kept: tuple[list[int], pa.Table | None] = ([], None)
 
     def of(self, latent: int) -> pa.Table:
         """The rows of a latent, in order."""
-        groups = self._group[(self._first <= latent) & (latent <= self._last)]
+        groups = self._group[(self._first <= latent) & (latent <= self._last)].tolist()
+        # one after the other is asked of the same latent, and of the next one
+        kept, table = self._kept
+        if kept != groups or table is None:
+            table = self._open(lambda file: file.read_row_groups(groups, use_threads=False))
+            self._kept = (groups, table)
+        low, high = np.searchsorted(table["latent"].to_numpy(), [latent, latent + 1])
+        return table.slice(low, high - low)
+
+    def columns(self, names: list[str]) -> pa.Table:
+        """Some columns, of all latents."""
+        return self._open(lambda file: file.read(names))
+
+    def _open(self, read: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
         try:
             if self.path.stat().st_mtime_ns != self._modified:
                 raise UserError(
@@ -67,11 +80,9 @@ class Rows:
                     "open the run again",
                 )
             with pq.ParquetFile(self.path, metadata=self._metadata) as file:
-                table = file.read_row_groups(groups.tolist(), use_threads=False)
+                return read(file)
         except (pa.ArrowException, OSError) as error:
             raise _torn(self.path, error) from error
-        low, high = np.searchsorted(table["latent"].to_numpy(), [latent, latent + 1])
-        return table.slice(low, high - low)
 
 
 class Strings:
@@ -138,27 +149,31 @@ class SiteTables:
     @functools.cached_property
     def scalars(self) -> pa.Table:
         """A row a latent: the columns SCALARS."""
-        return read_rows(self.folder / LATENTS, columns=SCALARS)
+        return self.latents.columns(SCALARS)
+
+    @functools.cached_property
+    def automatic_labels(self) -> list[str]:
+        """Each latent's label made by rules; "" for none."""
+        return pc.fill_null(self.latents.columns(["label"])["label"], "").to_pylist()
 
     @functools.cached_property
     def all_drivers(self) -> dict[str, np.ndarray]:
-        """The columns of drivers.parquet; instead of `order`, the mask `by_activation`."""
-        table = read_rows(self.folder / DRIVERS)
-        names = ("latent", "token", "count", "mean", "share", "lift")
-        by_activation = pc.equal(table["order"], "activation").to_numpy()
-        return {name: table[name].to_numpy() for name in names} | {"by_activation": by_activation}
+        """The columns of drivers.parquet that are numbers; a token may stand in both orders of a latent."""
+        names = ["latent", "token", "count", "mean", "share", "lift"]
+        table = self.drivers.columns(names)
+        return {name: table[name].to_numpy() for name in names}
 
     @functools.cached_property
     def top_examples(self) -> dict[str, np.ndarray]:
         """latent, block and peak of every latent's highest examples."""
-        table = read_rows(self.folder / EXAMPLES, columns=["latent", "band", "block", "peak"])
+        table = self.examples.columns(["latent", "band", "block", "peak"])
         best = table["band"].to_numpy() == 0
         return {name: table[name].to_numpy()[best] for name in ("latent", "block", "peak")}
 
     @functools.cached_property
     def raised(self) -> dict[str, np.ndarray]:
         """latent, token and rank of every entry of `top_tokens`, best first within a latent."""
-        table = read_rows(self.folder / LATENTS, columns=["latent", "top_tokens"])
+        table = self.latents.columns(["latent", "top_tokens"])
         lengths = pc.fill_null(pc.list_value_length(table["top_tokens"]), 0).to_numpy()
         rank = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         tokens = pc.list_flatten(table["top_tokens"]).to_numpy()
@@ -167,7 +182,7 @@ class SiteTables:
     @functools.cached_property
     def all_cosines(self) -> dict[str, np.ndarray]:
         """latent, other and value of every neighbour by decoder cosine within the site."""
-        table = read_rows(self.folder / RELATED, columns=["latent", "kind", "other", "value"])
+        table = self.related.columns(["latent", "kind", "other", "value"])
         table = table.filter(pc.equal(table["kind"], "cosine"))
         return {name: table[name].to_numpy() for name in ("latent", "other", "value")}
 
@@ -208,7 +223,7 @@ class IndexFolder:
 
     def labels(self, site: str) -> list[str]:
         """Each latent's label: people's own, else the automatic one, else nothing."""
-        labels = pc.fill_null(self.site(site).scalars["label"], "").to_pylist()
+        labels = list(self.site(site).automatic_labels)
         for latent, label in self.annotations.labels(site).items():
             if latent < len(labels):
                 labels[latent] = label
@@ -216,9 +231,8 @@ class IndexFolder:
 
     def labels_of(self, site: str, latents: Sequence[int]) -> list[str]:
         """The labels of some of its latents."""
-        automatic = self.site(site).scalars["label"].take(pa.array(latents, pa.int64())).to_pylist()
-        own = self.annotations.labels(site)
-        return [own.get(latent) or label or "" for latent, label in zip(latents, automatic, strict=True)]
+        automatic, own = self.site(site).automatic_labels, self.annotations.labels(site)
+        return [own.get(latent) or automatic[latent] for latent in latents]
 
     def dictionary(self, site: str) -> sae.Dictionary:
         """A site's dictionary, opened once. Raises UserError when only its index is here."""

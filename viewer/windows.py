@@ -24,9 +24,9 @@ def windows(
     """
     frame = examples.to_pandas()
     block, peak = frame["block"].to_numpy(), frame["peak"].to_numpy()
-    spans = [_span(texts.document[b], p, context) for b, p in zip(block, peak, strict=True)]
+    spans = [_span(texts.document[b], int(p), context) for b, p in zip(block, peak, strict=True)]
     flat = [texts.tokens[b, span] for b, span in zip(block, spans, strict=True)]
-    words = iter(strings.of(np.concatenate(flat) if flat else []))
+    words = iter(strings.of(np.concatenate(flat or [np.zeros(0, np.int32)])))
     frame["document"] = texts.document[block, peak]
     frame["position"] = texts.position[block, peak]
     frame["token"] = strings.of(texts.tokens[block, peak])
