@@ -56,7 +56,7 @@ def test_words_find_labels_first_then_what_drives_a_latent(run, tmp_path):
     found = mine.find(text="capital city")
     assert (found.loc[0, "site"], found.loc[0, "latent"]) == (SITES[1], 7) and found.loc[0, "score"] == 1
     assert found.loc[0, "why"] == "capital: label; city: label" and found.loc[0, "label"] == feature.label
-    live = mine.layer(0)[int(mine.layer(0).live()[0])]
+    live = mine.layer(0)[5]
     word = live.drivers()["token"][0].strip()
     found = mine.find(text=word, limit=100)
     row = found[(found["site"] == SITES[0]) & (found["latent"] == live.latent)].iloc[0]

@@ -96,9 +96,14 @@ class Annotations:
         for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
             try:
                 record: Any = json.loads(line)
-                texts = {field: str(record[field]) for field in FIELDS if field in record}
+                texts = {field: _unicode(str(record[field])) for field in FIELDS if field in record}
                 values.setdefault(str(record["site"]), {}).setdefault(int(record["latent"]), {}).update(texts)
             except (ValueError, KeyError, TypeError):
                 # what a killed writer left must not hide all other labels
                 _log.warning("%s: line %d is no label and is passed over", self.path, number)
         return values
+
+
+def _unicode(text: str) -> str:
+    """The text without half characters, which tables and pages refuse."""
+    return text.encode("utf-8", "replace").decode()

@@ -13,6 +13,7 @@ CONTEXT, BAND_CONTEXT = 40, 16
 _TEXT_CONTEXT, _TEXT_AFTER = 12, 6
 _KINDS = {"cosine": "Same layer", "previous": "Layer before", "next": "Layer after"}
 _RELATED, _DRIVERS, _EXAMPLES, _TEXT_EXAMPLES = 5, 8, 8, 5
+_LONGEST_LINE = 120
 
 
 def feature_text(feature: Feature) -> str:
@@ -106,4 +107,5 @@ def _source(feature: Feature) -> str:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(markup.readable_text(text).split())
+    line = " ".join(markup.readable_text(text).split())
+    return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + "…"

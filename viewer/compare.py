@@ -99,7 +99,7 @@ class Comparison:
         ]
         return (
             f'{markup.STYLE}<div class="js-card"><h4>{html.escape(repr(self).partition(":")[0])}</h4>'
-            f'{markup.facts_html(self.facts())}<div class="js-h">Firing most, of what only the first has</div>'
+            f'{markup.facts_html(self.facts())}<div class="js-h">Only in the first, most frequent first</div>'
             f"{markup.table_html(['latent', 'nearest', 'cosine', 'label'], rows)}</div>"
         )
 

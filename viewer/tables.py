@@ -59,7 +59,8 @@ class Rows:
     def of(self, latent: int) -> pa.Table:
         """The rows of a latent, in order."""
         groups = self._group[(self._first <= latent) & (latent <= self._last)].tolist()
-        # one after the other is asked of the same latent, and of the next one
+        self._check()
+        # one thing after the other is asked of the same latent, and of the next one
         kept, table = self._kept
         if kept != groups or table is None:
             table = self._open(lambda file: file.read_row_groups(groups, use_threads=False))
@@ -72,17 +73,20 @@ class Rows:
         return self._open(lambda file: file.read(names))
 
     def _open(self, read: Callable[[pq.ParquetFile], pa.Table]) -> pa.Table:
+        self._check()
         try:
-            if self.path.stat().st_mtime_ns != self._modified:
-                raise UserError(
-                    "an index must stay as it was opened",
-                    f"{self.path} was written anew",
-                    "open the run again",
-                )
             with pq.ParquetFile(self.path, metadata=self._metadata) as file:
                 return read(file)
         except (pa.ArrowException, OSError) as error:
             raise _torn(self.path, error) from error
+
+    def _check(self) -> None:
+        if _stamp(self.path) != self._modified:
+            raise UserError(
+                "an index must stay as it was opened",
+                f"{self.path} was removed or written anew",
+                "open the run again",
+            )
 
 
 class Strings:
