@@ -25,6 +25,7 @@ import torch
 
 import sae
 import viewer
+from sae.dictionary import parameter_shapes
 from sae.numbers import parse_count, parse_width
 from train.run_folder import RunFolder
 from viewer.accumulate import N_BINS
@@ -121,7 +122,7 @@ def make_run(folder: Path, size: argparse.Namespace) -> None:
     for layer, site in enumerate(sites):
         started = time.process_time()
         cfg = sae.DictionaryConfig(d_in=size.d_in, d_sae=size.latents, site_in=site, site_out=site)
-        shapes = sae.dictionary.parameter_shapes(cfg)
+        shapes = parameter_shapes(cfg)
         sae.save(sae.build(cfg, {n: torch.randn(shape) for n, shape in shapes.items()}), run.site_dir(site))
         firings = _firings(size.latents, len(texts), size.l0, generator)
         tables = _tables(

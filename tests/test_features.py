@@ -145,7 +145,7 @@ def test_an_index_written_anew_is_not_mixed_with_the_old_one(tmp_path):
     path = run.path / "index" / SITES[0] / "examples.parquet"
     feature.examples()
     os.utime(path, ns=(1, 1))
-    with pytest.raises(UserError, match="open the run again"):
+    with pytest.raises(UserError, match="Open the run again"):
         feature.examples()
     manifest = run.path / "index" / SITES[0] / "manifest.json"
     os.utime(manifest, ns=(1, 1))

@@ -69,10 +69,8 @@ def examples_html(feature: Feature) -> str:
     best, examples = feature.examples(0, CONTEXT).head(_EXAMPLES), feature.examples(context=BAND_CONTEXT)
     parts = ['<div class="js-h">Highest</div>', markup.examples_html(best, feature.max)]
     for band in sorted(set(examples["band"]) - {0}):
-        rows = examples[examples["band"] == band]
-        low, high = (
-            markup.number(float(end)) for end in (rows["activation"].min(), rows["activation"].max())
-        )
+        rows = examples.loc[examples["band"] == band]
+        low, high = (markup.number(end(rows["activation"].tolist())) for end in (min, max))
         inside = markup.examples_html(rows, feature.max)
         parts.append(f"<details><summary>Band {band} of 5: {low} to {high}</summary>{inside}</details>")
     return "".join(parts)
@@ -81,7 +79,7 @@ def examples_html(feature: Feature) -> str:
 def related_html(feature: Feature) -> str:
     """Its neighbours by decoder cosine and what fires with it, side by side."""
     near, together = feature.neighbours(), feature.cofiring()
-    lists = [_related_list(name, near[near["kind"] == kind], "cosine") for kind, name in _KINDS.items()]
+    lists = [_related_list(name, near.loc[near["kind"] == kind], "cosine") for kind, name in _KINDS.items()]
     lists.append(_related_list("Fires together", together, "phi"))
     return f'<div class="js-logits">{"".join(lists)}</div>'
 

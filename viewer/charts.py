@@ -3,8 +3,10 @@
 import html
 import math
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from jaxtyping import Float
 
 from viewer.markup import readable
 
@@ -56,7 +58,7 @@ def density(latents: pd.DataFrame) -> go.Figure:
     return _plain(figure, 260)
 
 
-def cosines(values: dict[str, pd.Series]) -> go.Figure:
+def cosines(values: dict[str, Float[np.ndarray, " latent"]]) -> go.Figure:
     """How close each dictionary's latents come to the other's: a histogram each."""
     figure = go.Figure()
     for number, (name, cosine) in enumerate(values.items()):

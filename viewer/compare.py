@@ -42,10 +42,11 @@ class Comparison:
     @property
     def matched(self) -> pd.DataFrame:
         """latent, other, cosine, label, other_label; the surest first."""
-        pairs = self.ours[self.ours["kind"] == "matched"]
-        labels = self.theirs.set_index("latent")["label"].rename("other_label")
-        pairs = pairs[["latent", "other", "cosine", "label"]].join(labels, on="other")
-        return pairs.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
+        pairs = self.ours.loc[self.ours["kind"] == "matched", ["latent", "other", "cosine", "label"]]
+        theirs = self.theirs.loc[:, ["latent", "label"]].rename(
+            columns={"latent": "other", "label": "other_label"}
+        )
+        return _falling(pairs.merge(theirs, on="other"), "cosine")
 
     @property
     def new(self) -> pd.DataFrame:
@@ -69,9 +70,8 @@ class Comparison:
 
     def plot(self) -> go.Figure:
         """How near the latents of each come to the other's."""
-        return charts.cosines(
-            {n: f["cosine"] for n, f in zip(self.names, (self.ours, self.theirs), strict=True)}
-        )
+        sides = zip(self.names, (self.ours, self.theirs), strict=True)
+        return charts.cosines({name: side["cosine"].to_numpy() for name, side in sides})
 
     def facts(self) -> list[tuple[str, str]]:
         """How many are what."""
@@ -194,13 +194,12 @@ def _side(
 
 
 def _only(frame: pd.DataFrame) -> pd.DataFrame:
-    alone = frame[frame["kind"] == "new"].drop(columns="kind")
-    return alone.sort_values("density", ascending=False, kind="stable", ignore_index=True)
+    return _falling(frame.loc[frame["kind"] == "new"].drop(columns="kind"), "density")
 
 
 def _parts(whole: pd.DataFrame, parts: pd.DataFrame) -> pd.DataFrame:
     """The latents of one side that are the nearest to two or more of the other, and near enough."""
-    near = parts[parts["kind"] != "new"].sort_values("cosine", ascending=False, kind="stable")
+    near = _falling(parts.loc[parts["kind"] != "new"], "cosine")
     groups = near.groupby("other", sort=True)
     frame = pd.DataFrame(
         {
@@ -209,6 +208,11 @@ def _parts(whole: pd.DataFrame, parts: pd.DataFrame) -> pd.DataFrame:
             "cosines": groups["cosine"].agg(list),
         }
     )
-    frame = frame[frame["parts"] > 1].join(whole.set_index("latent")["label"])
-    frame = frame.rename_axis("latent").reset_index()[["latent", "label", "parts", "others", "cosines"]]
-    return frame.sort_values("parts", ascending=False, kind="stable", ignore_index=True)
+    frame = frame.loc[frame["parts"] > 1].rename_axis("latent").reset_index()
+    frame = frame.merge(whole.loc[:, ["latent", "label"]], on="latent")
+    return _falling(frame.loc[:, ["latent", "label", "parts", "others", "cosines"]], "parts")
+
+
+def _falling(frame: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The rows by a column, highest first; equal ones keep their order."""
+    return frame.sort_values(by=column, ascending=False, kind="stable", ignore_index=True)

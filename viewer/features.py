@@ -190,7 +190,7 @@ class Feature:
         if order not in ("activation", "lift"):
             raise UserError('order must be "activation" or "lift"', repr(order), "choose one of those")
         frame = self.site.tables.drivers.of(self.latent).drop_columns(["latent"]).to_pandas()
-        frame = frame[frame["order"] == order].rename(columns={"token": "id"}).reset_index(drop=True)
+        frame = frame.loc[frame["order"] == order].rename(columns={"token": "id"}).reset_index(drop=True)
         frame.insert(0, "token", self.site.index.strings.of(frame["id"].to_numpy()))
         return frame.drop(columns=["order", "rank"])
 
@@ -200,13 +200,13 @@ class Feature:
         Kind is cosine (its own site), previous or next (the indexed layer before and after).
         """
         found = self._related
-        frame = self._labelled(found[found["kind"] != COFIRING].drop(columns=["count"]))
+        frame = self._labelled(found.loc[found["kind"] != COFIRING].drop(columns=["count"]))
         return frame.rename(columns={"value": "cosine"})
 
     def cofiring(self) -> pd.DataFrame:
         """Latents of its site that fire on the same tokens: site, latent, label, phi, count of those."""
         found = self._related
-        frame = self._labelled(found[found["kind"] == COFIRING].drop(columns=["kind"]))
+        frame = self._labelled(found.loc[found["kind"] == COFIRING].drop(columns=["kind"]))
         return frame.rename(columns={"value": "phi"}).astype({"count": "int64"})
 
     def neurons(self) -> pd.DataFrame:
@@ -277,7 +277,7 @@ class Feature:
         for site in set(frame["site"]) & set(self.site.index.sites()):
             here = np.flatnonzero(frame["site"] == site)
             labels[here] = self.site.index.labels_of(site, frame["latent"].iloc[here].tolist())
-        frame.insert(frame.columns.get_loc("latent") + 1, "label", labels)
+        frame.insert(list(frame).index("latent") + 1, "label", labels)
         return frame.reset_index(drop=True)
 
     def _annotation(self, field: str) -> str:

@@ -56,10 +56,10 @@ def find_token(token: str | int, index: IndexFolder, sites: Sequence[str], limit
     best = _best(found, index, limit)
     shown = readable(token) if isinstance(token, str) else readable(index.strings.of([token])[0])
     best["why"] = [
-        f"{percent(row.share)} of its activation is on {shown}; fires on {percent(row.coverage)} of them"
-        for row in best.itertuples()
+        f"{percent(share)} of its activation is on {shown}; fires on {percent(coverage)} of them"
+        for share, coverage in zip(best["share"], best["coverage"], strict=True)
     ]
-    return best[[*_COLUMNS, "share", "coverage", "lift", "count", "mean"]]
+    return best.loc[:, [*_COLUMNS, "share", "coverage", "lift", "count", "mean"]]
 
 
 def find_text(text: str, index: IndexFolder, sites: Sequence[str], limit: int) -> pd.DataFrame:
@@ -95,7 +95,7 @@ def find_text(text: str, index: IndexFolder, sites: Sequence[str], limit: int) -
         best = best[score[best] > 0]
         why = [_why(words, proof[:, :, latent]) for latent in best]
         frames.append(pd.DataFrame({"site": site, "latent": best, "why": why, "score": score[best]}))
-    return _best(pd.concat(frames, ignore_index=True), index, limit)[_COLUMNS]
+    return _best(pd.concat(frames, ignore_index=True), index, limit).loc[:, _COLUMNS]
 
 
 def find_like(
@@ -120,7 +120,7 @@ def find_like(
         frames.append(pd.DataFrame({"site": site, "latent": best, "score": cosine[best]}))
     found = pd.concat(frames, ignore_index=True)
     found["why"] = f"decoder cosine with {like.title()}"
-    return _best(found, index, limit)[_COLUMNS]
+    return _best(found, index, limit).loc[:, _COLUMNS]
 
 
 def duplicates(sites: Mapping[str, Site], cosine: float) -> pd.DataFrame:

@@ -229,7 +229,7 @@ class Run:
 
     def _in_state(self, state: str) -> pd.DataFrame:
         latents = self.latents()
-        return latents[latents["state"] == state].reset_index(drop=True)
+        return latents.loc[latents["state"] == state].reset_index(drop=True)
 
     def _no_index(self) -> UserError:
         return UserError(

@@ -178,16 +178,17 @@ class SiteTables:
     def raised(self) -> dict[str, np.ndarray]:
         """latent, token and rank of every entry of `top_tokens`, best first within a latent."""
         table = self.latents.columns(["latent", "top_tokens"])
-        lengths = pc.fill_null(pc.list_value_length(table["top_tokens"]), 0).to_numpy()
+        lists = table["top_tokens"].combine_chunks().fill_null([])
+        lengths = np.diff(lists.offsets.to_numpy())
         rank = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        tokens = pc.list_flatten(table["top_tokens"]).to_numpy()
+        tokens = lists.flatten().to_numpy()
         return {"latent": np.repeat(table["latent"].to_numpy(), lengths), "token": tokens, "rank": rank}
 
     @functools.cached_property
     def all_cosines(self) -> dict[str, np.ndarray]:
         """latent, other and value of every neighbour by decoder cosine within the site."""
         table = self.related.columns(["latent", "kind", "other", "value"])
-        table = table.filter(pc.equal(table["kind"], "cosine"))
+        table = table.filter(pc.field("kind") == "cosine")
         return {name: table[name].to_numpy() for name in ("latent", "other", "value")}
 
 

@@ -29,7 +29,7 @@ def show(run: Run) -> None:
     facts = [(name, _short(config[key])) for key, name in names.items() if key in config]
     st.html(markup.facts_html([*facts, ("state", run.state())]))
     overview = run.overview()
-    if overview["l0"].notna().any():
+    if run.folder and run.folder.eval_table():
         show_metrics(overview)
     else:
         st.info(
