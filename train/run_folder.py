@@ -102,9 +102,14 @@ class RunFolder:
         """Folder of a site's dictionary: cfg.json and sae_weights.safetensors."""
         return self.path / "sites" / site
 
+    @property
+    def index_root(self) -> Path:
+        """Folder of the feature index of all sites."""
+        return self.path / "index"
+
     def index_dir(self, site: str) -> Path:
         """Folder of a site's feature index."""
-        return self.path / "index" / site
+        return self.index_root / site
 
     def log(self, lines: list[dict[str, Any]]) -> None:
         """Appends lines to metrics.jsonl: all of them, or none when the disk refuses."""

@@ -18,7 +18,7 @@ from activations.sites import kind_of, layer_of, site_label
 from sae.errors import UserError
 from train.run_folder import RunFolder
 from viewer import markup
-from viewer.accumulate import histogram_edges
+from viewer.histogram import histogram_edges
 from viewer.storage import EXAMPLES, LATENTS, TOKENS, read_manifest, read_rows
 
 _SCALARS = ["latent", "firings", "density", "mean", "max", "threshold"]

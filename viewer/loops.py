@@ -1,4 +1,4 @@
-"""The loops of the feature index, compiled by numba: counts, windows, and the search for extreme logits."""
+"""The loops of the search for extreme logits, compiled by numba."""
 
 import numpy as np
 
@@ -54,51 +54,3 @@ def _insert(values, ids, value, place):
         values[rank], ids[rank] = values[rank - 1], ids[rank - 1]
         rank -= 1
     values[rank], ids[rank] = value, place
-
-
-@compiled
-def count_firings(latent, activation, bins, firings, total, maximum, histogram):
-    """Adds firings, one an element, to each latent's number, sum, maximum and histogram."""
-    for i in range(len(latent)):
-        j = latent[i]
-        firings[j] += 1
-        total[j] += activation[i]
-        maximum[j] = max(maximum[j], activation[i])
-        histogram[j, bins[i]] += 1
-
-
-@compiled
-def copy_windows(
-    places, latents, slots, tokens, document, row, starts, latent, activation, window_tokens, window_values
-):
-    """Copies the tokens around each place, and what its latent has on them, into the latent's slot.
-
-    `places` count through `tokens`, `document` and `row` [block, pos]; a row of the lists (`starts`, `latent`
-    rising, `activation`) belongs to each position kept, and -1 to the others. `window_tokens` is -1 where the
-    document or the block ends.
-    """
-    context = tokens.shape[1]
-    reach = window_tokens.shape[2] // 2
-    for n in range(len(places)):
-        block, at = places[n] // context, places[n] % context
-        j, slot = latents[n], slots[n]
-        for k in range(2 * reach + 1):
-            near = at + k - reach
-            window_tokens[j, slot, k] = -1
-            window_values[j, slot, k] = 0
-            if near < 0 or near >= context or row[block, near] < 0:
-                continue
-            if document[block, near] != document[block, at]:
-                continue
-            window_tokens[j, slot, k] = tokens[block, near]
-            r = row[block, near]
-            low, end = starts[r], starts[r + 1]
-            high = end
-            while low < high:
-                middle = (low + high) // 2
-                if latent[middle] < j:
-                    low = middle + 1
-                else:
-                    high = middle
-            if low < end and latent[low] == j:
-                window_values[j, slot, k] = activation[low]

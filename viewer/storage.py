@@ -1,13 +1,13 @@
-"""The feature index on disk: texts shared by all sites, and a folder a site with a manifest that vouches for it.
+"""The feature index on disk: texts shared by all sites, and a folder a site.
 
     index/texts/manifest.json, texts.safetensors   the text read, in token blocks (`firings.Texts`)
-          tokens.parquet                           id and text of every token named anywhere in the index
-          SITE/manifest.json                       model, site, d_sae, tokens, versions; a checksum of each file
+          tokens.parquet                           id and text of every token named in it
+          SITE/manifest.json                       model, site, d_sae, ...; checksums of all files
                firings.safetensors                 every firing, by latent (`firings.Firings`)
                latents.parquet                     a row a latent, in order
-               examples.parquet                    sorted by latent, band and rank
-               drivers.parquet                     tokens that drive a latent; sorted by latent, order and rank
-               related.parquet                     other latents; sorted by latent, kind and rank
+               examples.parquet                    by latent, band and rank
+               drivers.parquet                     tokens that drive it; by latent, order and rank
+               related.parquet                     other latents; by latent, kind and rank
 
 The schemas below are the documentation of the Parquet files: every column says what it holds. They need no
 reader of ours, and `select label, density from 'index/*/latents.parquet'` works in DuckDB as it stands.
@@ -65,7 +65,7 @@ LATENTS_SCHEMA = pa.schema(
         _field("mean", pa.float32(), "mean activation over firings; 0 for a silent latent"),
         _field("max", pa.float32(), "highest activation; 0 for a silent latent"),
         _field("threshold", pa.float32(), "it fires above this pre-activation; null where it has none"),
-        _field("histogram_first", pa.int32(), "first filled bin of `accumulate.histogram_edges`"),
+        _field("histogram_first", pa.int32(), "first filled bin of `histogram.histogram_edges`"),
         _field("histogram", _INTS, "firings in that bin and the next ones, to the last filled one"),
         _field("quantiles", _FLOATS, "lower edges of the bands 1 to 5; the upper edge of band 1 is `max`"),
         _field("top_tokens", _INTS, "tokens whose logits the decoder row raises most, best first"),
