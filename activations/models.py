@@ -24,7 +24,7 @@ from activations.sites import KINDS, kind_of, layer_of, site_name
 from activations.sources import fetch_folder, known_models
 from sae.errors import UserError
 
-__all__ = ["LanguageModel", "ModelShape", "known_models", "load_model", "model_shape"]
+__all__ = ["LanguageModel", "ModelShape", "known_models", "load_model", "model_shape", "special_ids"]
 
 _PROBE = "Hello world,\n\tit's 3.14 o'clock — naïve café 東京 🙂"
 
@@ -62,7 +62,7 @@ class LanguageModel:
         # read before the bridge sees the tokenizer: it fills in the special tokens that are missing
         bos: Any = tokenizer.bos_token_id
         self.bos_id: int | None = bos
-        self.special_ids: tuple[int, ...] = _special_ids(tokenizer)
+        self.special_ids: tuple[int, ...] = special_ids(tokenizer)
         self.bridge = _boot(hf_model, tokenizer, head.weight)
         self.n_layers = len(self.bridge.blocks)
         self._head: Any = head
@@ -311,7 +311,8 @@ def _readable(text: str) -> bool:
     return bool(text) and all(letter != "\ufffd" and (letter >= " " or letter in "\n\t\r") for letter in text)
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Ids of the tokens that stand for no text: BOS, EOS, padding and the like."""
     added = (index for index, token in tokenizer.added_tokens_decoder.items() if token.special)
     return tuple(sorted({*tokenizer.all_special_ids, *added}))
 

@@ -86,9 +86,27 @@ def spliced_final(
             return model.run_body(tokens)
     with (
         _standing_in(model, layer, run.block_inputs[layer], run.in_tuples),
-        model.watching({site: lambda _clean: replacement}),
+        model.watching({site: lambda clean: put(site, clean, replacement)}),
     ):
         return model.run_body(tokens)
+
+
+def put(site: str, activation: Tensor, replacement: Tensor) -> Tensor:
+    """What a hook at `site` returns so that the model goes on with `replacement` instead of `activation`.
+
+    `hook_resid_mid` is hooked where the MLP's norm reads it, and the residual stream goes past that: the same
+    tensor, which has to be written in place for both to have the new values. Raises UserError where backward
+    hooks stand there, which rules that out.
+    """
+    if not site.endswith(".hook_resid_mid"):
+        return replacement
+    # what torch.nn.Module hands on for backward hooks is a view, and the stream past the hook is its base
+    if torch.is_grad_enabled() and activation._is_view():
+        must = (
+            "the residual stream in the middle of a block can be replaced only where no backward hook stands"
+        )
+        raise UserError(must, f"one at {site}", "splice at resid_post, or keep gradients with gradients=True")
+    return activation.copy_(replacement)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from sae.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK, build
 from sae.dictionary import Dictionary, DictionaryConfig
 from sae.errors import UserError
 from sae.formats import load, save
+from sae.saelens_object import from_saelens
 
 __all__ = [
     "BatchTopK",
@@ -15,6 +16,7 @@ __all__ = [
     "TopK",
     "UserError",
     "build",
+    "from_saelens",
     "load",
     "save",
 ]

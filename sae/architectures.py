@@ -150,8 +150,8 @@ def _check_values(tensors: Mapping[str, Tensor], where: str) -> None:
             )
         if wrong := _not_finite(tensor):
             raise UserError(
-                f"{name}{where} must be finite",
-                f"{wrong:,} of {tensor.numel():,} values are NaN or infinite",
+                f"{name} must be finite",
+                f"{wrong:,} of {tensor.numel():,} values are NaN or infinite{where}",
                 "take another copy of the dictionary; such weights are no use",
             )
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from sae.config import Config
 from sae.errors import UserError
+
+if TYPE_CHECKING:
+    from sae.probe import Probe
 
 ARCHITECTURES = ("jumprelu", "topk", "batchtopk", "gated", "relu")
 """The kinds of gate; see sae/architectures.py."""
@@ -70,7 +73,7 @@ class DictionaryConfig(Config):
         least, most = (self.architecture == "topk", self.d_sae if self.architecture in _WITH_K else 0)
         if not least <= self.k <= most:
             raise UserError(
-                f"k of a {self.architecture} dictionary of {self.d_sae} latents is from {least:d} to {most}",
+                f"a {self.architecture} dictionary's k must be from {least:d} to {most}",
                 f"k = {self.k}",
                 "give the number of latents that fire on a row; only topk and batchtopk have one",
             )
@@ -94,6 +97,8 @@ class Dictionary(nn.Module, ABC):
 
     gate_bias: ClassVar[str] = "b_enc"
     """The bias within the pre-activations."""
+    probe: "Probe | None" = None
+    """What it must compute on a few rows, as it came with its file."""
     W_enc: nn.Parameter
     W_dec: nn.Parameter
     b_dec: nn.Parameter
@@ -131,6 +136,12 @@ class Dictionary(nn.Module, ABC):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """Reconstructs activations, in their own dtype."""
         return (self.decode(self.encode(x)) + self.skip(x)).to(x.dtype)
+
+    def to_saelens(self) -> Any:
+        """The same dictionary as a live object of the package sae-lens; see `sae.saelens_object`."""
+        from sae.saelens_object import to_saelens  # late: that module needs this one
+
+        return to_saelens(self)
 
     def extra_repr(self) -> str:
         cfg = self.cfg

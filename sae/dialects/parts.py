@@ -1,8 +1,4 @@
-"""The form that every dialect is read into and written from: config, tensors, and nothing left to fold.
-
-Architectures: `jumprelu`, `batchtopk` (relu(pre) where pre > threshold), `topk`, `relu`, and `gated`, which
-has b_gate, b_mag and r_mag in place of b_enc. Raw activations go in and come out.
-"""
+"""The form that every dialect is read into and written from: a dictionary, and nothing left to fold."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,42 +8,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.architectures import build
+from sae.dictionary import Dictionary, DictionaryConfig
 from sae.errors import UserError
 
-DEFAULTS: dict[str, Any] = {
-    "d_out": 0,
-    "site_in": "",
-    "site_out": "",
-    "model": "",
-    "corpus": "",
-    "context": 0,
-    "prepend_bos": True,
-    "l0_target": None,
-    "k": 0,
-    "skip": False,
-}
-"""The keys of `Parts.cfg` beside architecture, d_in and d_sae, with their values where a file is silent."""
-
-_OWN: dict[str, tuple[str, ...]] = {
-    "jumprelu": ("b_enc", "threshold"),
-    "batchtopk": ("b_enc", "threshold"),
-    "topk": ("b_enc",),
-    "relu": ("b_enc",),
-    "gated": ("b_gate", "b_mag", "r_mag"),
-}
 _COLUMNS = 4096
 """Latents whose encoder rows are held in fp64 at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """A dictionary in canonical form."""
+    """A dictionary, and how it was read."""
 
-    cfg: dict[str, Any]
-    """The keys of `DictionaryConfig`, all of them, as plain values."""
-    tensors: dict[str, Tensor]
-    """W_enc [d_in, d_sae], W_dec [d_sae, d_out], b_dec [d_out], what the architecture adds, and with `skip`
-    W_skip [d_in, d_out]; one floating-point dtype."""
+    dictionary: Dictionary
     notes: tuple[str, ...] = ()
     """What was folded, assumed or left aside on reading."""
     source: str = ""
@@ -56,10 +29,19 @@ class Parts:
     """The format that it was read from."""
 
     @property
+    def cfg(self) -> dict[str, Any]:
+        """The keys of `DictionaryConfig`, all of them, as plain values."""
+        return self.dictionary.cfg.to_dict()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The dictionary's tensors by name; they are its own memory."""
+        return dict(self.dictionary.state_dict())
+
+    @property
     def transcoder(self) -> bool:
         """Whether it writes something else than a reconstruction of what it reads."""
-        cfg = self.cfg
-        return cfg["site_in"] != cfg["site_out"] or cfg["d_in"] != cfg["d_out"] or cfg["skip"]
+        return self.dictionary.cfg.transcoder
 
 
 def make_parts(
@@ -72,65 +54,34 @@ def make_parts(
     notes: tuple[str, ...] = (),
     **fields: Any,
 ) -> Parts:
-    """Checks what a dialect has read and completes it.
+    """Checks what a dialect has read and builds it.
 
     Sizes come from the arrays; `declared` are those that the file's config gives, where it gives any.
-    Raises UserError for a tensor that is missing, of another shape, no float, or not finite.
+    `fields` are others of `DictionaryConfig`. Raises UserError for a tensor that is missing, of another
+    shape, no float, or not finite.
     """
-    made = {name: tensor.detach() for name, tensor in tensors.items()}
-    if "W_enc" not in made or made["W_enc"].ndim != 2:
-        raise wrong(source, "W_enc must be a matrix [d_in, d_sae]", _shape(made.get("W_enc")))
-    if "W_dec" not in made or made["W_dec"].ndim != 2:
-        raise wrong(source, "W_dec must be a matrix [d_sae, d_out]", _shape(made.get("W_dec")))
-    d_in, d_sae = made["W_enc"].shape
-    cfg = {"architecture": architecture, "d_in": d_in, "d_sae": d_sae, **DEFAULTS, **fields}
-    cfg["d_out"] = made["W_dec"].shape[1]
-    cfg["site_out"] = cfg["site_out"] or cfg["site_in"]
-    cfg["skip"] = "W_skip" in made
+    for name, shape in (("W_enc", "[d_in, d_sae]"), ("W_dec", "[d_sae, d_out]")):
+        if name not in tensors or tensors[name].ndim != 2:
+            found = f"{tuple(tensors[name].shape)}" if name in tensors else "no such tensor"
+            raise wrong(source, f"{name} must be a matrix {shape}", found)
+    d_in, d_sae = tensors["W_enc"].shape
+    sizes = {"d_in": d_in, "d_sae": d_sae, "d_out": tensors["W_dec"].shape[1]}
     for name, size in (declared or {}).items():
-        if size and size != cfg[name]:
-            raise wrong(source, f"{name} must be that of the arrays, {cfg[name]}", f"{size} in the config")
-    least, most = architecture == "topk", d_sae if architecture in ("topk", "batchtopk") else 0
-    if not least <= cfg["k"] <= most:
-        raise wrong(source, f"k must be from {least:d} to {most}", f"k = {cfg['k']}")
-    expected = shapes(cfg)
-    for name, shape in expected.items():
-        if name not in made or tuple(made[name].shape) != shape:
-            raise wrong(source, f"{name} must have shape {shape}", _shape(made.get(name)))
-    if unknown := sorted(set(made) - set(expected)):
-        raise wrong(source, f"a {architecture} dictionary has {', '.join(expected)} only", ", ".join(unknown))
-    made, cast = _one_dtype(made, source)
-    for name, tensor in made.items():
-        check_finite(name, tensor, source)
-    return Parts(cfg=cfg, tensors=made, notes=(*notes, *cast), source=source, dialect=dialect)
-
-
-def shapes(cfg: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The tensors of a dictionary and their shapes, by name."""
-    d_in, d_sae, d_out = cfg["d_in"], cfg["d_sae"], cfg["d_out"]
-    return {
-        "W_enc": (d_in, d_sae),
-        **dict.fromkeys(_OWN[cfg["architecture"]], (d_sae,)),
-        "W_dec": (d_sae, d_out),
-        "b_dec": (d_out,),
-        **({"W_skip": (d_in, d_out)} if cfg["skip"] else {}),
-    }
+        if size and size != sizes[name]:
+            raise wrong(source, f"{name} must be that of the arrays, {sizes[name]}", f"{size} in the config")
+    try:
+        cfg = DictionaryConfig(architecture=architecture, **sizes, **{"skip": "W_skip" in tensors, **fields})
+    except UserError as error:
+        raise wrong(source, error.must, error.found) from error
+    made, cast = _one_dtype(tensors, source)
+    dictionary = build(cfg, made, source=source)
+    return Parts(dictionary=dictionary, notes=(*notes, *cast), source=source, dialect=dialect)
 
 
 def wrong(source: str, must: str, found: str) -> UserError:
     """The error for a file that is not what it should be."""
     do = "take another copy of it, or correct its config"
     return UserError(must, f"{found} in {source}", do)
-
-
-def check_finite(name: str, tensor: Tensor, source: str) -> None:
-    """Raises UserError for NaN and infinity."""
-    # the extremes show both, and need no second array of the tensor's size
-    if tensor.numel():
-        low, high = tensor.aminmax()
-        if not (torch.isfinite(low) and torch.isfinite(high)):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise wrong(source, f"{name} must be finite", f"{count:,} values that are NaN or infinite")
 
 
 def shift_input(tensors: dict[str, Tensor], bias: Float[Tensor, " d_in"]) -> dict[str, Tensor]:
@@ -180,16 +131,12 @@ def cannot(parts: Parts, target: str, reason: str, do: str = "") -> UserError:
     )
 
 
-def _one_dtype(tensors: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def _one_dtype(tensors: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     widest = tensors["W_enc"].dtype
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise wrong(source, f"{name} must be float16, bfloat16, float32 or float64", str(tensor.dtype))
         widest = torch.promote_types(widest, tensor.dtype)
     mixed = {tensor.dtype for tensor in tensors.values()} != {widest}
-    made = {name: tensor.to(widest).contiguous() for name, tensor in tensors.items()}
+    made = {name: tensor.detach().to(widest).contiguous() for name, tensor in tensors.items()}
     return made, (f"tensors of several dtypes: all are {widest} now",) if mixed else ()
-
-
-def _shape(tensor: Tensor | None) -> str:
-    return "no such tensor" if tensor is None else f"{tuple(tensor.shape)}"

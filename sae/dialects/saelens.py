@@ -1,8 +1,11 @@
 """SAELens: cfg.json beside sae_weights.safetensors, in the layout of version 6 and in the flat one before it.
 
-Our own folders are of the newer layout, with all of a dictionary's config under metadata.jumpscope.
+Our own folders are of the newer layout, with all of a dictionary's config under metadata.jumpscope, and the
+probe beside the weights: `write_folder` is what writes both them and exports.
 """
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,16 @@ import torch
 from torch import Tensor
 
 from sae.dialects.found import Found, Values
-from sae.dialects.parts import DEFAULTS, Parts, cannot, make_parts, shift_input, widened, wrong
+from sae.dialects.parts import Parts, cannot, make_parts, shift_input, widened, wrong
+from sae.dictionary import Dictionary, DictionaryConfig
 from sae.errors import UserError
 from sae.files import save_tensors, write_json
+from sae.probe import Probe, check
+from sae.probe_file import PROBE, read_probe, write_probe
 
 NAME = "saelens"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+# readers take a folder without a version, or below 6, for the older layout
 _LAYOUT_VERSION = "6.0.0"
 _NEWEST_MAJOR = 6
 
@@ -30,6 +37,11 @@ _GATES = {
     "skip_transcoder": "relu",
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
+    # SAELens knows none of these, so it refuses them
+    "topk_transcoder": "topk",
+    "topk_skip_transcoder": "topk",
+    "gated_transcoder": "gated",
+    "gated_skip_transcoder": "gated",
 }
 _WHY_NOT_FOLDED = {
     "layer_norm": "each row is divided by its own deviation, which no weights can do",
@@ -44,9 +56,10 @@ def matches(found: Found) -> bool:
 
 
 def read(found: Found) -> Parts:
-    """The dictionary, with its input bias, scales and decoder norms folded in.
+    """The dictionary, with its input bias, scales and decoder norms folded in; its probe, if it has one.
 
-    Raises UserError for a newer version, another architecture, and a normalisation that cannot be folded.
+    Raises UserError for a newer version, another architecture, a normalisation that cannot be folded, and
+    a probe that does not hold.
     """
     if found.config is None:
         raise wrong(found.label, f"{CONFIG} must lie beside the weights", "none")
@@ -59,7 +72,8 @@ def read(found: Found) -> Parts:
             f"{version} in {values.source}",
             "update jumpscope, or save the dictionary with an older SAELens",
         )
-    old = major < _NEWEST_MAJOR
+    ours = _ours(about.part("jumpscope")) if "jumpscope" in about.values else {}
+    old = major < _NEWEST_MAJOR and not ours
     activation = values.text("activation_fn", "activation_fn_str") or "relu"
     is_topk = old and activation.lower() == "topk"
     name = "topk" if is_topk else values.one_of("architecture", _GATES, "standard" if old else "")
@@ -68,108 +82,126 @@ def read(found: Found) -> Parts:
     about = values if old else about
     if about.number("hook_head_index", "hook_point_head_index") is not None:
         raise wrong(values.source, "the hook must be read whole", "hook_head_index: one head of it")
-    k = values.whole("k") or values.part("activation_fn_kwargs").whole("k")
     tensors, notes = _fold(dict(found.tensors), values, name, old=old, transcoder="transcoder" in name)
-    if _GATES[name] in ("jumprelu", "batchtopk"):
+    gate = _GATES[name]
+    if gate in ("jumprelu", "batchtopk"):
         tensors["threshold"] = _threshold(tensors, values.source)
+    k = values.whole("k") or values.part("activation_fn_kwargs").whole("k")
     fields = {
+        "architecture": gate,
         "site_in": about.text("hook_name", "hook_point"),
         "site_out": about.text("hook_name_out"),
         "model": about.text("model_name"),
         "corpus": about.text("dataset_path"),
         "context": about.whole("context_size"),
         "prepend_bos": about.flag("prepend_bos", True),
-        "k": k if _GATES[name] in ("topk", "batchtopk") else 0,
+        "k": k if gate in ("topk", "batchtopk") else 0,
+        "skip": "skip" in name,
+        **{size: values.whole(size) for size in _SIZES},
+        **ours,
     }
-    architecture = _GATES[name]
-    if "jumpscope" in about.values:
-        architecture, fields = _ours(about.part("jumpscope"), architecture)
-    return make_parts(
-        architecture,
-        tensors,
-        source=found.label,
-        dialect=NAME,
-        declared={size: values.whole(size) for size in ("d_in", "d_sae", "d_out")},
-        notes=notes,
-        **fields,
+    if (said := fields["architecture"]) != gate and {said, gate} != {"batchtopk", "jumprelu"}:
+        raise wrong(values.source, f"the architecture must be one: {gate}", repr(said))
+    declared = {size: fields.pop(size) for size in _SIZES}
+    parts = make_parts(
+        tensors=tensors, source=found.label, dialect=NAME, declared=declared, notes=notes, **fields
     )
+    if (probe := read_probe(found.path.parent)) is not None:
+        check(parts.dictionary, probe, source=found.label)
+        parts.dictionary.probe = probe
+    return parts
 
 
 def write(parts: Parts, folder: Path) -> list[str]:
     """Writes the folder; returns the names of its files. UserError for what SAELens has no class for."""
-    cfg = parts.cfg
-    gate: str = cfg["architecture"]
-    # at inference SAELens itself keeps a batchtopk dictionary as jumprelu
-    names = {"relu": "standard", "jumprelu": "jumprelu", "batchtopk": "jumprelu"}
-    name = names.get(gate, gate)
-    if parts.transcoder:
-        if name not in ("standard", "jumprelu"):
-            raise cannot(parts, NAME, "has transcoders with relu and jumprelu gates only")
-        kind = "skip_transcoder" if cfg["skip"] else "transcoder"
-        name = kind if name == "standard" else f"{name}_{kind}"
-    tensors = dict(parts.tensors)
-    if cfg["skip"]:
-        # their skip is a matrix that stands on the left of the activation
-        tensors["W_skip"] = tensors["W_skip"].T
-    save_tensors(folder / WEIGHTS, tensors, {"format": "jumpscope"})
-    write_json(folder / CONFIG, _config(parts, name))
-    return [CONFIG, WEIGHTS]
+    cfg = parts.dictionary.cfg
+    if cfg.transcoder and cfg.architecture in ("topk", "gated"):
+        raise cannot(parts, NAME, "has transcoders with relu and jumprelu gates only")
+    return write_folder(parts.dictionary, folder, parts.dictionary.probe)
 
 
-def _config(parts: Parts, name: str) -> dict[str, Any]:
-    cfg = parts.cfg
+def write_folder(dictionary: Dictionary, folder: Path, probe: Probe | None) -> list[str]:
+    """Writes a dictionary of any architecture; returns the names of the files.
+
+    Each is whole or absent, the config comes last, and at no time does a probe lie beside weights of
+    another dictionary.
+    """
+    (folder / PROBE).unlink(missing_ok=True)
+    save_tensors(folder / WEIGHTS, tensors_of(dictionary), {"format": "jumpscope"})
+    if probe is not None:
+        write_probe(folder, probe)
+    write_json(folder / CONFIG, config_of(dictionary))
+    return [CONFIG, WEIGHTS, *([PROBE] if probe is not None else [])]
+
+
+def tensors_of(dictionary: Dictionary) -> dict[str, Tensor]:
+    """The dictionary's own tensors as SAELens has them: its skip stands on the left of the activation."""
+    return {name: t.T if name == "W_skip" else t for name, t in dictionary.state_dict().items()}
+
+
+def config_of(dictionary: Dictionary) -> dict[str, Any]:
+    """What cfg.json says of a dictionary: SAELens's keys, and ours under metadata.jumpscope."""
+    cfg = dictionary.cfg
     values: dict[str, Any] = {
-        "architecture": name,
-        "d_in": cfg["d_in"],
-        "d_sae": cfg["d_sae"],
-        "dtype": str(parts.tensors["W_enc"].dtype).removeprefix("torch."),
+        "architecture": _name(cfg),
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        "dtype": str(dictionary.W_enc.dtype).removeprefix("torch."),
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
-        "reshape_activations": "hook_z"
-        if name == "jumprelu" and cfg["site_in"].endswith("hook_z")
-        else "none",
+        # activations reach a dictionary with their heads already concatenated
+        "reshape_activations": "none",
         "metadata": {
             "sae_lens_version": _LAYOUT_VERSION,
             "sae_lens_training_version": None,
-            "model_name": cfg["model"],
-            "hook_name": cfg["site_in"],
+            "model_name": cfg.model,
+            "hook_name": cfg.site_in,
             "hook_head_index": None,
-            "context_size": cfg["context"] or None,
-            "prepend_bos": cfg["prepend_bos"],
-            "dataset_path": cfg["corpus"],
-            # defaults are left out, so that older readers of ours know every key
-            "jumpscope": {key: value for key, value in cfg.items() if value != DEFAULTS.get(key, _ABSENT)},
+            "context_size": cfg.context or None,
+            "prepend_bos": cfg.prepend_bos,
+            "dataset_path": cfg.corpus,
+            "jumpscope": cfg.to_dict(),
         },
     }
-    if name == "topk":
-        values |= {"k": cfg["k"], "rescale_acts_by_decoder_norm": False}
-    if parts.transcoder:
-        values["d_out"] = cfg["d_out"]
-        values["metadata"]["hook_name_out"] = cfg["site_out"]
+    if cfg.architecture == "topk":
+        values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
+    if cfg.transcoder:
+        values["d_out"] = cfg.d_out
+        values["metadata"]["hook_name_out"] = cfg.site_out
+    elif cfg.site_in.endswith("hook_z"):
+        values["reshape_activations"] = "hook_z"
     return values
 
 
-_ABSENT = object()
+_SIZES = ("d_in", "d_sae", "d_out")
 
 
-def _ours(values: Values, architecture: str) -> tuple[str, dict[str, Any]]:
-    known = {"architecture", "d_in", "d_sae", *DEFAULTS}
-    if unknown := sorted(set(values.values) - known):
+def _name(cfg: DictionaryConfig) -> str:
+    # at inference SAELens itself keeps a batchtopk dictionary as jumprelu
+    gate = {"relu": "standard", "batchtopk": "jumprelu"}.get(cfg.architecture, cfg.architecture)
+    if not cfg.transcoder:
+        return gate
+    kind = "skip_transcoder" if cfg.skip else "transcoder"
+    return kind if gate == "standard" else f"{gate}_{kind}"
+
+
+def _ours(values: Values) -> dict[str, Any]:
+    """The fields of `DictionaryConfig` that metadata.jumpscope gives, each of its type."""
+    known = {field.name: field for field in dataclasses.fields(DictionaryConfig)}
+    if unknown := sorted(set(values.values) - set(known)):
         raise UserError(
             "metadata.jumpscope must hold keys that this version knows",
             f"{', '.join(unknown)} in {values.source}",
             "update jumpscope: a newer one may have written it",
         )
-    said = values.one_of("architecture", {"relu", "jumprelu", "topk", "batchtopk", "gated"}, architecture)
-    if said != architecture and {said, architecture} != {"jumprelu", "batchtopk"}:
-        raise wrong(values.source, f"the architecture must be one: {architecture}", repr(said))
-    fields: dict[str, Any] = {name: values.text(name) for name in ("site_in", "site_out", "model", "corpus")}
-    fields |= {"context": values.whole("context"), "k": values.whole("k")}
-    return said, fields | {
-        "prepend_bos": values.flag("prepend_bos", True),
-        "l0_target": values.number("l0_target"),
+    readers: dict[Any, Callable[[str], Any]] = {
+        str: values.text,
+        int: values.whole,
+        bool: lambda name: values.flag(name, bool(known[name].default)),
+        float | None: values.number,
     }
+    return {name: readers[known[name].type](name) for name in values.values}
 
 
 def _fold(
@@ -199,11 +231,9 @@ def _fold(
         raise wrong(
             values.source, f"normalize_activations must be one that can be folded ({why})", repr(norm)
         )
-    if values.flag("rescale_acts_by_decoder_norm", False) and name in (
-        "topk",
-        "batchtopk",
-        "matryoshka_batchtopk",
-    ):
+    if values.flag("rescale_acts_by_decoder_norm", False):
+        if name not in ("topk", "batchtopk", "matryoshka_batchtopk"):
+            raise wrong(values.source, f"rescale_acts_by_decoder_norm must be false for {name}", "true")
         tensors = widened(tensors)
         norms = tensors["W_dec"].norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         tensors |= {"W_enc": tensors["W_enc"] * norms, "W_dec": tensors["W_dec"] / norms[:, None]}

@@ -1,7 +1,6 @@
 """`jumpscope import`."""
 
 import dataclasses
-from pathlib import Path
 
 import sae
 from sae import dialects
@@ -22,7 +21,7 @@ def run(argv: list[str]) -> None:
     parts = _told(dialects.read(options.source), options)
     for line in parts.notes:
         note(line)
-    save(parts, options.out)
+    sae.save(parts.dictionary, options.out)
     cfg = parts.cfg
     where = cfg["site_in"] if cfg["site_in"] == cfg["site_out"] else f"{cfg['site_in']} -> {cfg['site_out']}"
     say(
@@ -31,14 +30,11 @@ def run(argv: list[str]) -> None:
     )
 
 
-def save(parts: Parts, folder: Path | str) -> None:
-    """Writes the dictionary in our own layout, which SAELens reads where it has the architecture."""
-    sae.save(sae.build(sae.DictionaryConfig(**parts.cfg), parts.tensors, source=parts.source), folder)
-
-
 def _told(parts: Parts, options: ImportOptions) -> Parts:
-    cfg = dict(parts.cfg)
+    cfg = parts.cfg
     if options.site:
         cfg |= {"site_in": options.site, "site_out": options.site}
     cfg |= {name: value for name in ("site_out", "model") if (value := getattr(options, name))}
-    return dataclasses.replace(parts, cfg=cfg)
+    told = sae.build(sae.DictionaryConfig(**cfg), parts.tensors, source=parts.source)
+    told.probe = parts.dictionary.probe
+    return dataclasses.replace(parts, dictionary=told)

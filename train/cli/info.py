@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from activations.store import Store
+    from sae.probe import Probe
 
 
 _LISTED = 40
@@ -134,7 +135,7 @@ def _dictionary(path: str) -> None:
     from sae import dialects
 
     parts = dialects.read(path)
-    tensors = parts.tensors
+    tensors, probe = parts.tensors, parts.dictionary.probe
     norms = tensors["W_dec"].norm(dim=1)
     thresholds = "0" if parts.cfg["architecture"] == "relu" else "none"
     if "threshold" in tensors:
@@ -148,10 +149,18 @@ def _dictionary(path: str) -> None:
             "parameters": f"{sum(tensor.numel() for tensor in tensors.values()):,}",
             "decoder row norms": _range(norms),
             "thresholds": thresholds,
+            "probe": "none" if probe is None else _probe(probe),
         }
     )
     for line in parts.notes:
         note(line)
+
+
+def _probe(probe: "Probe") -> str:
+    # reading it has checked it
+    fvu = "" if probe.fvu is None else f", FVU {probe.fvu:.3g}"
+    l0 = float(probe.l0.double().mean())
+    return f"held: {len(probe.rows_in)} rows, {len(probe.latents)} latents, L0 {l0:.1f}{fvu}"
 
 
 def _repository(repo: str) -> None:

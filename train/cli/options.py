@@ -123,7 +123,7 @@ class ViewOptions:
 
 
 # for a run of some hundred steps: larger ones, a shorter memory of squares, silent latents drawn back sooner
-_SHORT_RECIPE = {"lr": 4e-3, "beta2": 0.99, "bandwidth": 0.25, "pull_after": 10_000}
+_SHORT_RECIPE = {"lr": 5e-3, "decay": 0.35, "beta2": 0.99, "bandwidth": 0.25, "pull_after": 10_000}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class DemoOptions:
     """Latents in each dictionary."""
     l0: float = 40.0
     """Target L0: latents firing on a token, on average."""
-    tokens: Count = 96_000
+    tokens: Count = 90_000
     """Tokens to harvest; each trains every dictionary `passes` times."""
     passes: Count = 3
     """How often a harvested row is trained on before it leaves memory."""
@@ -155,7 +155,7 @@ class DemoOptions:
     context: Count = 256
     """Tokens in a block, BOS included."""
     # all of them: with half as many, three quarters of layer 0's latents end up silent on held-out text
-    buffer: Count = 98_304
+    buffer: Count = 90_112
     """Rows of the shuffle buffer: batches are drawn from so many rows at once."""
     memory: Size = 6 * 2**30
     """Memory that training may take, the model included. A run that needs more is refused."""
