@@ -10,7 +10,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -237,7 +236,7 @@ class IndexBuilder:
         ids = [np.unique(rows.texts.tokens)]
         for path in self.out.glob(f"*/{LATENTS}"):
             named = storage.read_rows(path, columns=["top_tokens", "bottom_tokens"])
-            ids += [pc.list_flatten(column).to_numpy() for column in named.columns]
+            ids += [column.combine_chunks().flatten().to_numpy() for column in named.columns]
         every = np.unique(np.concatenate(ids)).tolist()
         storage.write_tokens(self.out, dict(zip(every, self.model.token_strings(every), strict=True)))
 

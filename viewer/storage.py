@@ -206,6 +206,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def is_whole(folder: Path) -> bool:
+    """Whether a site has a whole index of this version."""
+    try:
+        read_manifest(folder)
+    except UserError:
+        return False
+    return True
+
+
 def verify_firings(folder: Path) -> None:
     """Reads every byte of a site's firings. Raises UserError when they are not what was written."""
     _check_files(folder, {FIRINGS: _read_manifest(folder)["files"][FIRINGS]})
@@ -290,8 +299,9 @@ def _checksum(path: Path, modified: int) -> str:
 
 
 def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    if isinstance(values, pa.Array):
+        return values.cast(kind)
     if isinstance(values, np.ndarray) and values.ndim == 2:
-        return make_lists(
-            np.full(len(values), values.shape[1]), np.ascontiguousarray(values).reshape(-1)
-        ).cast(kind)
-    return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, kind)
+        lengths = np.full(len(values), values.shape[1])
+        return make_lists(lengths, np.ascontiguousarray(values).reshape(-1)).cast(kind)
+    return pa.array(values, kind)
