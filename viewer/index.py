@@ -6,7 +6,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import pyarrow
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from activations.int8 import HasUnembedding
 from sae import Dictionary, DictionaryConfig, UserError
 from sae.sparse import SparseEncoder, SparseLatents
 from viewer.accumulate import BINS_PER_OCTAVE, Chunk, SiteAccumulator, histogram_edges
-from viewer.lens import search_vocabulary, top_logits
+from viewer.lens import TokenLogits, Vocabulary, top_logits
 from viewer.storage import write_site
 
 LOGITS = 10
@@ -136,7 +135,7 @@ class IndexBuilder:
             raise UserError(
                 "the index needs text", "no token to index", "give a corpus with held-out documents"
             )
-        vocabulary = search_vocabulary(self.model, self.n_latents)
+        vocabulary = Vocabulary.of(self.model, self.n_latents)
         folders = {site: out(site) for site in self.dictionaries}
         written, writing = 0, None
 
@@ -157,7 +156,7 @@ class IndexBuilder:
             wait(writing)
         return folders
 
-    def _write_site(self, site: str, folder: Path, corpus: str, logits: tuple[Tensor, Tensor] | None) -> int:
+    def _write_site(self, site: str, folder: Path, corpus: str, logits: TokenLogits | None) -> int:
         """Writes a site and gives its memory back; returns how many latents it has."""
         dictionary, found = self.dictionaries[site], self._found.pop(site)
         manifest = _manifest(self.model.name, dictionary.cfg, site, corpus, found, spoken=logits is not None)
@@ -166,8 +165,8 @@ class IndexBuilder:
             folder,
             found,
             threshold=None if threshold is None else threshold.detach().float().cpu().numpy(),
-            logit_tokens=None if logits is None else logits[0].numpy(),
-            logits=None if logits is None else logits[1].numpy().astype(np.float32),
+            logit_tokens=None if logits is None else logits.ids,
+            logits=None if logits is None else logits.logits,
             token_strings=self._token_strings,
             manifest=manifest,
         )
