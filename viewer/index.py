@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from activations.blocks import Cursor, TokenBlocks
+from activations.harvest import check_finite
 from activations.int8 import HasUnembedding
 from sae import Dictionary, UserError
 from sae.files import read_json
@@ -21,7 +22,7 @@ from sae.sparse import SparseEncoder, SparseLatents
 from viewer import storage
 from viewer.evidence import DENSE, TextRows, gather_evidence
 from viewer.histogram import BINS_PER_OCTAVE, histogram_edges
-from viewer.lens import search_vocabulary
+from viewer.lens import Vocabulary
 from viewer.parts import Parts
 from viewer.site_tables import lowest_activation, make_tables
 from viewer.storage import LATENTS
@@ -69,7 +70,9 @@ def build_index(
         for site, encoder in encoders.items():
             x = acts[builder.sites_read[site]]
             _check_fits(encoder.dictionary, x)
-            builder.add(site, batch, encoder.encode(x[batch.keep.to(x.device)]))
+            x = x[batch.keep.to(x.device)]
+            check_finite({builder.sites_read[site]: x})
+            builder.add(site, batch, encoder.encode(x))
         if progress:
             progress(builder.rows, max(tokens, builder.rows) + builder.n_latents)
     seen = builder.rows
@@ -153,7 +156,8 @@ class IndexBuilder:
             )
         self._parts.finish()
         rows = TextRows(self._parts.texts())
-        (self.out / storage.TOKENS).unlink(missing_ok=True)
+        for path in (self.out / storage.TOKENS, *self.out.glob(f".{storage.TOKENS}.*.tmp")):
+            path.unlink(missing_ok=True)
         facts = {"model": self.model.name, "text": self._text, "tokens": len(rows)}
         checksum = storage.write_texts(self.out, rows.texts, facts)
         written, writing = 0, None
@@ -164,7 +168,7 @@ class IndexBuilder:
             if writing and progress:
                 progress(written, self.n_latents)
 
-        vocabulary = search_vocabulary(self.model, self.n_latents)
+        vocabulary = Vocabulary.of(self.model, self.n_latents)
         # one site is written while the next one's evidence is gathered
         with ThreadPoolExecutor(max_workers=1) as writer:
             for site in self.dictionaries:
@@ -178,7 +182,7 @@ class IndexBuilder:
         self._parts.remove()
         return {site: self.out / site for site in self.dictionaries}
 
-    def _make(self, site: str, rows: TextRows, checksum: str, vocabulary: Any) -> dict[str, Any]:
+    def _make(self, site: str, rows: TextRows, checksum: str, vocabulary: Vocabulary) -> dict[str, Any]:
         """What `storage.write_site` takes."""
         dictionary = self.dictionaries[site]
         found = gather_evidence(
@@ -220,7 +224,7 @@ class IndexBuilder:
         if not self._resume:
             return False
         try:
-            manifest = storage.read_manifest(self.out / site)
+            manifest = storage.read_manifest(self.out / site, finished=False)
         except UserError:
             return False
         return self._identity(site, checksum).items() <= manifest.items()

@@ -54,3 +54,40 @@ def _insert(values, ids, value, place):
         values[rank], ids[rank] = values[rank - 1], ids[rank - 1]
         rank -= 1
     values[rank], ids[rank] = value, place
+
+
+@compiled
+def count_spread(products, scale, counted, step, span, per_bin, cubes, histogram):
+    """Adds a tile of scores to how each row's are spread.
+
+    With score[r, c] = products[r, c] * scale[c], `cubes` float64 [row] takes the sum of all cubes, and
+    `histogram` int32 [row, bin] counts the scores of `span` columns from `counted` and from every `step`
+    columns on: score * per_bin[r] is in bins, with 0 in the middle of the middle one.
+    """
+    n_bins = histogram.shape[1]
+    middle, last = np.float32(n_bins) / np.float32(2), np.int32(n_bins - 1)
+    # the count just added to is slow to add to again: eight tables take turns
+    tables = np.empty((8, n_bins), np.int32)
+    bins = np.empty(span, np.uint8)
+    for r in range(products.shape[0]):
+        row = products[r]
+        total = np.float32(0)
+        for c in range(len(row)):
+            score = np.float32(row[c]) * scale[c]
+            total += score * score * score
+        cubes[r] += np.float64(total)
+        tables[:] = 0
+        factor = per_bin[r]
+        for start in range(counted, len(row), step):
+            size = min(span, len(row) - start)
+            for c in range(size):
+                place = np.float32(row[start + c]) * scale[start + c] * factor + middle
+                bins[c] = np.uint8(min(max(np.int32(place), np.int32(0)), last))
+            for c in range(0, size - size % 8, 8):
+                for k in range(8):
+                    tables[k, bins[c + k]] += 1
+            for c in range(size - size % 8, size):
+                tables[0, bins[c]] += 1
+        for k in range(8):
+            for b in range(n_bins):
+                histogram[r, b] += tables[k, b]

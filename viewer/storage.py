@@ -72,10 +72,10 @@ LATENTS_SCHEMA = pa.schema(
         _field("top_logits", _FLOATS, "their logits, per unit of activation"),
         _field("bottom_tokens", _INTS, "tokens whose logits it lowers most, lowest first"),
         _field("bottom_logits", _FLOATS, "their logits, per unit of activation"),
-        _field("logit_mean", pa.float32(), "mean logit over the vocabulary"),
+        _field("logit_mean", pa.float32(), "mean over the vocabulary, which the other logits are about"),
         _field("logit_std", pa.float32(), "its standard deviation"),
         _field("logit_skew", pa.float32(), "its skewness"),
-        _field("logit_histogram", _INTS, "tokens in each bin of the manifest's `logit_histogram_edges`"),
+        _field("logit_histogram", _INTS, "tokens, of a spread sample, in the manifest's bins of std"),
         _field("neuron_alignment", _NEURONS, "largest entries of the decoder row, and shares of its L1 norm"),
         _field("decoder_norm", pa.float32(), "L2 norm of the decoder row"),
         _field("encoder_decoder_cosine", pa.float32(), "cosine of encoder column and decoder row"),
@@ -154,8 +154,7 @@ def write_site(
     `tables` has a table of each of SCHEMAS. `manifest` must hold `texts`, what `write_texts` gave. Raises
     UserError when the disk refuses.
     """
-    make_folder(folder)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    _make_ready(folder)
     save_tensors(folder / FIRINGS, firings.tensors())
     for name, schema in SCHEMAS.items():
         write_table(folder / name, tables[name].cast(schema), rows_per_group=_ROWS_PER_GROUP[name])
@@ -164,8 +163,8 @@ def write_site(
 
 def write_texts(root: Path, texts: Texts, manifest: Mapping[str, Any]) -> str:
     """Writes the texts of an index; returns their checksum, by which sites say what text they are of."""
-    folder = make_folder(root / TEXTS)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    folder = root / TEXTS
+    _make_ready(folder)
     save_tensors(folder / _TEXTS_FILE, texts.tensors())
     return _write_manifest(folder, manifest, (_TEXTS_FILE,))[_TEXTS_FILE]["sha256"]
 
@@ -187,15 +186,19 @@ def write_table(path: Path, table: pa.Table, *, rows_per_group: int = 65536) -> 
     )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, *, finished: bool = True) -> dict[str, Any]:
     """The manifest of a site's whole index. Raises UserError naming what is missing, torn, old or too new.
 
-    Also when the texts beside it are not those that it was made from. Checksums are compared once for a
-    file that nobody touches; of the firings, which are large, the size: `verify_firings` compares theirs.
+    Also when the texts beside it are not those that it was made from, and, if it has to be `finished`, when
+    the build came no further than this site. Checksums are compared once for a file that nobody touches; of
+    the firings, which are large, the size: `verify_firings` compares theirs.
     """
     manifest = _read_manifest(folder)
     _check_files(folder, {name: f for name, f in manifest["files"].items() if name != FIRINGS})
     _check_size(folder / FIRINGS, manifest["files"][FIRINGS]["bytes"])
+    if finished and not (folder.parent / TOKENS).is_file():
+        found = f"{folder.parent} has no {TOKENS}: it was cut short"
+        raise UserError("the index must be finished", found, _AGAIN)
     texts = _read_manifest(folder.parent / TEXTS)["files"][_TEXTS_FILE]["sha256"]
     if texts != manifest["texts"]:
         raise UserError(
@@ -246,6 +249,13 @@ def read_rows(path: Path, *, columns: list[str] | None = None, latent: int | Non
         )
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} must be a whole Parquet file", str(error), _AGAIN) from error
+
+
+def _make_ready(folder: Path) -> None:
+    """Makes a folder what is not yet an index, without what a killed process left half-written."""
+    make_folder(folder)
+    for path in (folder / MANIFEST, *folder.glob(".*.tmp")):
+        path.unlink(missing_ok=True)
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
