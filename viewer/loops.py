@@ -34,6 +34,52 @@ def keep_extremes(products, scale, first, values, ids, room):
 
 
 @compiled
+def keep_largest(products, scale, first, values, ids, room):
+    """As `keep_extremes`, for the largest scores alone: `values` float32 and `ids` int64 are [row, count]."""
+    last = values.shape[1] - 1
+    for r in range(products.shape[0]):
+        row = products[r]
+        for c in range(len(room)):
+            room[c] = np.float32(row[c]) * scale[c]
+        for start in range(0, len(room), _SPAN):
+            span = room[start : start + _SPAN]
+            if span.max() <= values[r, last]:
+                continue
+            for c in range(len(span)):
+                if span[c] > values[r, last]:
+                    _insert(values[r], ids[r], span[c], first + start + c)
+
+
+@compiled
+def multiply_at(left, right, places, products):
+    """`products[r, c]` is that of row r of `left` and row `places[r, c]` of `right`, summed in fp32."""
+    for r in range(places.shape[0]):
+        for c in range(places.shape[1]):
+            other = right[places[r, c]]
+            total = np.float32(0)
+            for d in range(len(other)):
+                total += left[r, d] * other[d]
+            products[r, c] = total
+
+
+@compiled
+def count_common(starts, row, pairs, common):
+    """How many rows both latents of each pair fire on; `row` rises within a latent."""
+    for p in range(len(pairs)):
+        i, end = starts[pairs[p, 0]], starts[pairs[p, 0] + 1]
+        j, other_end = starts[pairs[p, 1]], starts[pairs[p, 1] + 1]
+        while i < end and j < other_end:
+            if row[i] == row[j]:
+                common[p] += 1
+                i += 1
+                j += 1
+            elif row[i] < row[j]:
+                i += 1
+            else:
+                j += 1
+
+
+@compiled
 def _any_beyond(span, above, below):
     """Whether any of _SPAN values may be larger than `above` or smaller than `below`."""
     if np.isinf(above) or np.isinf(below):
