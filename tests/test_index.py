@@ -16,6 +16,7 @@ from viewer.storage import (
     EXAMPLES,
     FIRINGS,
     LATENTS,
+    RELATED,
     SCHEMAS,
     TOKENS,
     read_firings,
@@ -131,7 +132,42 @@ def test_only_silent_latents_are_an_index_too(tmp_path):
     folder = folders[SITES[0]]
     assert read_manifest(folder)["states"] == {"live": 0, "silent": D_SAE, "dense": 0}
     assert read_firings(folder).starts.tolist() == [0] * (D_SAE + 1)
-    assert [pq.read_metadata(folder / name).num_rows for name in SCHEMAS] == [D_SAE, 0, 0, 0]
+    assert [pq.read_metadata(folder / name).num_rows for name in SCHEMAS] == [D_SAE, 0, 0, 10 * D_SAE]
+
+
+def test_neighbours_copies_and_coordinates_come_from_the_weights(tmp_path):
+    dictionaries = {site: fake_dictionary(site, seed=n) for n, site in enumerate(SITES)}
+    one = dictionaries[SITES[0]]
+    for name in ("W_enc", "W_dec"):
+        weight = getattr(one, name) if name == "W_dec" else getattr(one, name).T
+        weight[7] = weight[5]
+    folders, _, _ = build(tmp_path, dictionaries=dictionaries)
+    related = pq.read_table(folders[SITES[0]] / RELATED).to_pandas()
+    assert (np.diff(related["latent"]) >= 0).all()
+    assert set(related["kind"]) == {"cosine", "cofiring", "next"}
+    unit = {site: torch.nn.functional.normalize(d.W_dec, dim=1) for site, d in dictionaries.items()}
+    for kind, other in (("cosine", SITES[0]), ("next", SITES[1])):
+        cosine = unit[SITES[0]] @ unit[other].T
+        if kind == "cosine":
+            cosine.fill_diagonal_(-2)
+        for latent in range(D_SAE):
+            rows = related[(related["kind"] == kind) & (related["latent"] == latent)]
+            assert rows["rank"].tolist() == list(range(10)) and set(rows["other_site"]) == {other}
+            assert rows["value"].tolist() == pytest.approx(cosine[latent].topk(10).values.tolist(), abs=1e-5)
+    cofiring = related[related["kind"] == "cofiring"]
+    assert (
+        cofiring["count"].notna().all() and related.loc[related["kind"] != "cofiring", "count"].isna().all()
+    )
+    latents = pq.read_table(folders[SITES[0]] / LATENTS).to_pylist()
+    assert [row["duplicate_of"] for row in latents] == [5 if n == 7 else None for n in range(D_SAE)]
+    manifests = [read_manifest(folder) for folder in folders.values()]
+    assert manifests[0]["duplicates"] == 1 and manifests[0]["next"] == SITES[1]
+    assert manifests[1]["previous"] == SITES[0] and "next" not in manifests[1]
+    row = one.W_dec[3]
+    assert [n["neuron"] for n in latents[3]["neuron_alignment"]] == row.abs().topk(3).indices.tolist()
+    assert latents[3]["decoder_norm"] == pytest.approx(float(row.norm()))
+    expected = torch.nn.functional.cosine_similarity(one.W_enc[:, 3], row, dim=0)
+    assert latents[3]["encoder_decoder_cosine"] == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_what_cannot_be_indexed_is_refused(tmp_path):

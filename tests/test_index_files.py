@@ -18,6 +18,7 @@ from viewer.storage import (
     EXAMPLES,
     FIRINGS,
     MANIFEST,
+    RELATED,
     SCHEMAS,
     TEXTS,
     TOKENS,
@@ -90,7 +91,11 @@ def test_a_site_can_be_added_to_an_index_of_the_same_text(tmp_path):
     _, _, dictionaries = build(tmp_path / "together")
     for site, dictionary in dictionaries.items():
         build(tmp_path / "apart", dictionaries={site: dictionary})
-    assert files_of(tmp_path / "apart") == files_of(tmp_path / "together")
+        read_manifest(tmp_path / "apart" / site)
+    one, other = files_of(tmp_path / "apart"), files_of(tmp_path / "together")
+    # sites look for neighbours among those that they are indexed with
+    same = [name for name in one if Path(name).name not in (RELATED, MANIFEST)]
+    assert len(same) == 2 + 4 * len(SITES) and all(one[name] == other[name] for name in same)
 
 
 def test_another_text_for_some_sites_is_refused_before_the_work(tmp_path):

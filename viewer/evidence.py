@@ -14,7 +14,7 @@ from jaxtyping import Float32, Int, Int32, Int64
 from sae.kernels.workers import workers_for
 from viewer.firings import Firings, RowLists, Texts
 from viewer.histogram import N_BINS, histogram_bin
-from viewer.storage import make_lists
+from viewer.storage import make_lists, make_words
 
 BANDS, EXAMPLES_PER_BAND = 5, 5
 DRIVERS, COFIRING = 10, 10
@@ -209,7 +209,7 @@ def _drivers(firings: Firings, rows: TextRows, total: np.ndarray) -> dict[str, n
     number = (firings.starts[1:] - firings.starts[:-1])[latent]
     return {
         "latent": latent.astype(np.int32),
-        "order": np.array(["activation", "lift"])[order],
+        "order": make_words(order, ("activation", "lift")),
         "rank": rank.astype(np.int32),
         "token": rows.token_ids[token],
         "count": count,

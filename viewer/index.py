@@ -188,7 +188,7 @@ class IndexBuilder:
         found = gather_evidence(
             self._parts.lists(site), rows, lowest=lowest_activation(dictionary), examples=self._examples
         )
-        tables, facts = make_tables(self.model, dictionary, site, found, vocabulary)
+        tables, facts = make_tables(self.model, self.dictionaries, site, found, vocabulary)
         cfg, states = dictionary.cfg, found.latents["state"]
         manifest = {
             **self._identity(site, checksum),

@@ -14,7 +14,7 @@ reader of ours, and `select label, density from 'index/*/latents.parquet'` works
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ _TEXTS_FILE = "texts.safetensors"
 _ROWS_PER_GROUP = {LATENTS: 512, EXAMPLES: 4096, DRIVERS: 4096, RELATED: 8192}
 
 _INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
-_NEURONS = pa.list_(pa.struct([("neuron", pa.int32()), ("value", pa.float32()), ("share", pa.float32())]))
+_NEURON = pa.struct([("neuron", pa.int32()), ("value", pa.float32()), ("share", pa.float32())])
+_NEURONS = pa.list_(_NEURON)
 
 
 def _field(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
@@ -77,6 +78,7 @@ LATENTS_SCHEMA = pa.schema(
         _field("logit_skew", pa.float32(), "its skewness"),
         _field("logit_histogram", _INTS, "tokens, of a spread sample, in the manifest's bins of std"),
         _field("neuron_alignment", _NEURONS, "largest entries of the decoder row, and shares of its L1 norm"),
+        _field("duplicate_of", pa.int32(), "first latent with nearly this decoder row and firings, if any"),
         _field("decoder_norm", pa.float32(), "L2 norm of the decoder row"),
         _field("encoder_decoder_cosine", pa.float32(), "cosine of encoder column and decoder row"),
     ]
@@ -143,7 +145,13 @@ def make_table(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
 def make_lists(lengths: np.ndarray, flat: np.ndarray | pa.Array) -> pa.ListArray:
     """Lists of these lengths [row], one after the other in `flat`."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+    return pa.ListArray.from_arrays(pa.array(offsets), flat if isinstance(flat, pa.Array) else pa.array(flat))
+
+
+def make_words(codes: np.ndarray, words: Sequence[str]) -> pa.Array:
+    """Strings that are `words` at the places `codes` [row]: numpy's own would be slow and wide."""
+    names = pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(words, pa.string()))
+    return names.cast(pa.string())
 
 
 def write_site(
