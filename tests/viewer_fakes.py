@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from fake_index import write_fake_index
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
 from sae import DictionaryConfig, JumpReLU, save
 from train.run_folder import RunFolder
+from viewer.index import build_index
 
 D_MODEL, D_VOCAB, D_SAE, CONTEXT = 16, 300, 24, 20
 SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
@@ -124,7 +124,14 @@ def fake_run(path: Path, *, index: bool = True, evaluated: bool = True, threshol
         }
         run.write_eval({site: {**row, "ce_recovered_mean": 0.9, "ce_recovered_zero": 0.98} for site in SITES})
     if index:
-        write_fake_index(run.path / "index", FakeModel(), dictionaries, fake_blocks())
+        build_index(
+            FakeModel(),
+            dictionaries,
+            lambda start: fake_blocks(),
+            run.index_root,
+            text={"corpus": "made up"},
+            examples=6,
+        )
     run.set_state("done")
     return run
 

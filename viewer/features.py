@@ -19,7 +19,7 @@ from torch import Tensor
 from activations.sites import site_label
 from sae.errors import UserError
 from viewer import charts, markup
-from viewer.accumulate import histogram_edges
+from viewer.histogram import histogram_edges
 from viewer.tables import IndexFolder, SiteTables
 from viewer.windows import windows
 
@@ -178,7 +178,7 @@ class Feature:
         return _bins(histogram_edges()[first:], self._row["histogram"])
 
     def logit_histogram(self) -> pd.DataFrame:
-        """How its logits spread over the vocabulary: lower, upper, count. Empty where it has none."""
+        """How its logits spread over the vocabulary, in standard deviations: lower, upper, count."""
         edges = self.site.manifest.get("logit_histogram_edges", [])
         return _bins(np.array(edges, dtype=float), self._row["logit_histogram"])
 

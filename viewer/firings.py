@@ -1,4 +1,4 @@
-"""Every firing of a site, by latent, and the texts that they are in: what the rest of the index follows from."""
+"""Every firing of a site and the texts they are in: what the rest of the index follows from."""
 
 import functools
 from collections.abc import Mapping
@@ -46,8 +46,21 @@ class Texts:
 
 
 @dataclass(frozen=True, eq=False)
+class RowLists:
+    """Firings as they are found: row r has those from `starts[r]` to `starts[r + 1]`."""
+
+    starts: Int64[np.ndarray, " row_plus_one"]
+    latent: Int32[np.ndarray, " firing"]
+    activation: Float32[np.ndarray, " firing"]
+
+    def __len__(self) -> int:
+        """Rows."""
+        return len(self.starts) - 1
+
+
+@dataclass(frozen=True, eq=False)
 class Firings:
-    """All firings of a site: those of latent j from `starts[j]` to `starts[j + 1]`, in the order of the rows."""
+    """All firings of a site: latent j has those from `starts[j]` to `starts[j + 1]`, in the order of rows."""
 
     starts: Int64[np.ndarray, " latent_plus_one"]
     row: Int32[np.ndarray, " firing"]
@@ -57,6 +70,17 @@ class Firings:
     def of(cls, tensors: Mapping[str, Tensor]) -> "Firings":
         """The inverse of `tensors`."""
         return cls(**{f.name: tensors[f.name].numpy() for f in fields(cls)})
+
+    @classmethod
+    def by_latent(cls, lists: RowLists, d_sae: int) -> "Firings":
+        """The same firings in the order of latents."""
+        from viewer.evidence_loops import sort_by_latent  # late: numba takes a second to import
+
+        starts = np.zeros(d_sae + 1, np.int64)
+        np.cumsum(np.bincount(lists.latent, minlength=d_sae), out=starts[1:])
+        row, activation = np.empty_like(lists.latent), np.empty_like(lists.activation)
+        sort_by_latent(lists.starts, lists.latent, lists.activation, starts[:-1].copy(), row, activation)
+        return cls(starts, row, activation)
 
     def tensors(self) -> dict[str, Tensor]:
         """The arrays by name, for a file."""

@@ -1,20 +1,20 @@
-"""The feature index on disk: texts shared by all sites, and a folder a site with a manifest that vouches for it.
+"""The feature index on disk: texts shared by all sites, and a folder a site.
 
     index/texts/manifest.json, texts.safetensors   the text read, in token blocks (`firings.Texts`)
-          tokens.parquet                           id and text of every token named anywhere in the index
-          SITE/manifest.json                       model, site, d_sae, tokens, versions; a checksum of each file
+          tokens.parquet                           id and text of every token named in it
+          SITE/manifest.json                       model, site, d_sae, ...; checksums of all files
                firings.safetensors                 every firing, by latent (`firings.Firings`)
                latents.parquet                     a row a latent, in order
-               examples.parquet                    sorted by latent, band and rank
-               drivers.parquet                     tokens that drive a latent; sorted by latent, order and rank
-               related.parquet                     other latents; sorted by latent, kind and rank
+               examples.parquet                    by latent, band and rank
+               drivers.parquet                     tokens that drive it; by latent, order and rank
+               related.parquet                     other latents; by latent, kind and rank
 
 The schemas below are the documentation of the Parquet files: every column says what it holds. They need no
 reader of ours, and `select label, density from 'index/*/latents.parquet'` works in DuckDB as it stands.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ _TEXTS_FILE = "texts.safetensors"
 _ROWS_PER_GROUP = {LATENTS: 512, EXAMPLES: 4096, DRIVERS: 4096, RELATED: 8192}
 
 _INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
-_NEURONS = pa.list_(pa.struct([("neuron", pa.int32()), ("value", pa.float32()), ("share", pa.float32())]))
+_NEURON = pa.struct([("neuron", pa.int32()), ("value", pa.float32()), ("share", pa.float32())])
+_NEURONS = pa.list_(_NEURON)
 
 
 def _field(name: str, kind: pa.DataType, meaning: str) -> pa.Field:
@@ -65,18 +66,19 @@ LATENTS_SCHEMA = pa.schema(
         _field("mean", pa.float32(), "mean activation over firings; 0 for a silent latent"),
         _field("max", pa.float32(), "highest activation; 0 for a silent latent"),
         _field("threshold", pa.float32(), "it fires above this pre-activation; null where it has none"),
-        _field("histogram_first", pa.int32(), "first filled bin of `accumulate.histogram_edges`"),
+        _field("histogram_first", pa.int32(), "first filled bin of `histogram.histogram_edges`"),
         _field("histogram", _INTS, "firings in that bin and the next ones, to the last filled one"),
         _field("quantiles", _FLOATS, "lower edges of the bands 1 to 5; the upper edge of band 1 is `max`"),
         _field("top_tokens", _INTS, "tokens whose logits the decoder row raises most, best first"),
         _field("top_logits", _FLOATS, "their logits, per unit of activation"),
         _field("bottom_tokens", _INTS, "tokens whose logits it lowers most, lowest first"),
         _field("bottom_logits", _FLOATS, "their logits, per unit of activation"),
-        _field("logit_mean", pa.float32(), "mean logit over the vocabulary"),
+        _field("logit_mean", pa.float32(), "mean over the vocabulary, which the other logits are about"),
         _field("logit_std", pa.float32(), "its standard deviation"),
         _field("logit_skew", pa.float32(), "its skewness"),
-        _field("logit_histogram", _INTS, "tokens in each bin of the manifest's `logit_histogram_edges`"),
+        _field("logit_histogram", _INTS, "tokens, of a spread sample, in the manifest's bins of std"),
         _field("neuron_alignment", _NEURONS, "largest entries of the decoder row, and shares of its L1 norm"),
+        _field("duplicate_of", pa.int32(), "first latent with nearly this decoder row and firings, if any"),
         _field("decoder_norm", pa.float32(), "L2 norm of the decoder row"),
         _field("encoder_decoder_cosine", pa.float32(), "cosine of encoder column and decoder row"),
     ]
@@ -143,7 +145,13 @@ def make_table(schema: pa.Schema, columns: Mapping[str, Any]) -> pa.Table:
 def make_lists(lengths: np.ndarray, flat: np.ndarray | pa.Array) -> pa.ListArray:
     """Lists of these lengths [row], one after the other in `flat`."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
+    return pa.ListArray.from_arrays(pa.array(offsets), flat if isinstance(flat, pa.Array) else pa.array(flat))
+
+
+def make_words(codes: np.ndarray, words: Sequence[str]) -> pa.Array:
+    """Strings that are `words` at the places `codes` [row]: numpy's own would be slow and wide."""
+    names = pa.DictionaryArray.from_arrays(pa.array(codes, pa.int32()), pa.array(words, pa.string()))
+    return names.cast(pa.string())
 
 
 def write_site(
@@ -154,8 +162,7 @@ def write_site(
     `tables` has a table of each of SCHEMAS. `manifest` must hold `texts`, what `write_texts` gave. Raises
     UserError when the disk refuses.
     """
-    make_folder(folder)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    _make_ready(folder)
     save_tensors(folder / FIRINGS, firings.tensors())
     for name, schema in SCHEMAS.items():
         write_table(folder / name, tables[name].cast(schema), rows_per_group=_ROWS_PER_GROUP[name])
@@ -164,8 +171,8 @@ def write_site(
 
 def write_texts(root: Path, texts: Texts, manifest: Mapping[str, Any]) -> str:
     """Writes the texts of an index; returns their checksum, by which sites say what text they are of."""
-    folder = make_folder(root / TEXTS)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    folder = root / TEXTS
+    _make_ready(folder)
     save_tensors(folder / _TEXTS_FILE, texts.tensors())
     return _write_manifest(folder, manifest, (_TEXTS_FILE,))[_TEXTS_FILE]["sha256"]
 
@@ -187,15 +194,19 @@ def write_table(path: Path, table: pa.Table, *, rows_per_group: int = 65536) -> 
     )
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, *, finished: bool = True) -> dict[str, Any]:
     """The manifest of a site's whole index. Raises UserError naming what is missing, torn, old or too new.
 
-    Also when the texts beside it are not those that it was made from. Checksums are compared once for a
-    file that nobody touches; of the firings, which are large, the size: `verify_firings` compares theirs.
+    Also when the texts beside it are not those that it was made from, and, if it has to be `finished`, when
+    the build came no further than this site. Checksums are compared once for a file that nobody touches; of
+    the firings, which are large, the size: `verify_firings` compares theirs.
     """
     manifest = _read_manifest(folder)
     _check_files(folder, {name: f for name, f in manifest["files"].items() if name != FIRINGS})
     _check_size(folder / FIRINGS, manifest["files"][FIRINGS]["bytes"])
+    if finished and not (folder.parent / TOKENS).is_file():
+        found = f"{folder.parent} has no {TOKENS}: it was cut short"
+        raise UserError("the index must be finished", found, _AGAIN)
     texts = _read_manifest(folder.parent / TEXTS)["files"][_TEXTS_FILE]["sha256"]
     if texts != manifest["texts"]:
         raise UserError(
@@ -204,6 +215,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             _AGAIN,
         )
     return manifest
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a site has a whole index of this version."""
+    try:
+        read_manifest(folder)
+    except UserError:
+        return False
+    return True
 
 
 def verify_firings(folder: Path) -> None:
@@ -237,6 +257,13 @@ def read_rows(path: Path, *, columns: list[str] | None = None, latent: int | Non
         )
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path} must be a whole Parquet file", str(error), _AGAIN) from error
+
+
+def _make_ready(folder: Path) -> None:
+    """Makes a folder what is not yet an index, without what a killed process left half-written."""
+    make_folder(folder)
+    for path in (folder / MANIFEST, *folder.glob(".*.tmp")):
+        path.unlink(missing_ok=True)
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -290,8 +317,9 @@ def _checksum(path: Path, modified: int) -> str:
 
 
 def _array(values: Any, kind: pa.DataType) -> pa.Array:
+    if isinstance(values, pa.Array):
+        return values.cast(kind)
     if isinstance(values, np.ndarray) and values.ndim == 2:
-        return make_lists(
-            np.full(len(values), values.shape[1]), np.ascontiguousarray(values).reshape(-1)
-        ).cast(kind)
-    return values.cast(kind) if isinstance(values, pa.Array) else pa.array(values, kind)
+        lengths = np.full(len(values), values.shape[1])
+        return make_lists(lengths, np.ascontiguousarray(values).reshape(-1)).cast(kind)
+    return pa.array(values, kind)
