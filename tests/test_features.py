@@ -1,5 +1,6 @@
 """The Features API: what it answers, and that nothing in it can execute."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -41,22 +42,137 @@ def test_a_feature_answers_in_tables_that_agree_with_one_another(run):
         examples, histogram, logits = feature.examples(), feature.histogram(), feature.logits()
         assert feature.density == table.loc[latent, "density"] and feature.firings == histogram["count"].sum()
         assert histogram["upper"].iloc[0] > feature.threshold and histogram["upper"].iloc[-1] > feature.max
-        assert (
-            examples["activation"].iloc[0] == feature.max and examples["activation"].is_monotonic_decreasing
-        )
-        assert examples["document"].is_unique
-        for row in examples.itertuples():
-            assert row.values[row.peak] == row.activation and row.tokens[row.peak] == row.token
+        best = feature.examples(0)
+        assert best["activation"].iloc[0] == feature.max and best["activation"].is_monotonic_decreasing
+        assert not best.duplicated(["block", "document"]).any()
+        assert examples["band"].is_monotonic_increasing and len(best) == (examples["band"] == 0).sum()
+        fired = feature.activations().set_index(["block", "document", "position"])
+        assert len(fired) == feature.firings and fired["activation"].max() == feature.max
+        for row in examples.to_dict("records"):
+            assert (
+                row["values"][row["peak"]] == row["activation"] and row["tokens"][row["peak"]] == row["token"]
+            )
+            # all that fired in this document of this block is shown, and nothing else
+            here = fired.sort_index().loc[(row["block"], row["document"]), "activation"]
+            assert [v for v in row["values"] if v] == here.tolist()
         assert logits["side"].value_counts().to_dict() == {"top": 10, "bottom": 10}
         assert (
             logits["logit"].iloc[0] == logits["logit"].max()
             and logits["logit"].iloc[10] == logits["logit"].min()
         )
+        drivers = feature.drivers()
+        assert (
+            drivers["share"].is_monotonic_decreasing
+            and feature.drivers("lift")["lift"].is_monotonic_decreasing
+        )
+        assert drivers["count"][0] == (fired["token"] == drivers["token"][0]).sum()
+        assert feature.logit_histogram()["count"].sum() == 300
+
+
+def test_a_context_is_cut_at_the_document_and_no_further(run):
+    for feature in run.layer(1):
+        whole = feature.examples()
+        for context in (0, 2, 500):
+            cut = feature.examples(context=context)
+            for a, b in zip(whole.to_dict("records"), cut.to_dict("records"), strict=True):
+                low = max(0, a["peak"] - context)
+                assert b["tokens"] == a["tokens"][low : a["peak"] + context + 1]
+                assert (
+                    b["values"] == a["values"][low : a["peak"] + context + 1] and b["peak"] == a["peak"] - low
+                )
+    texts = run.index.texts
+    row = run.layer(1)[1].examples(0).iloc[0]
+    here = texts.document[row["block"]] == row["document"]
+    assert row["tokens"] == run.index.strings.of(texts.tokens[row["block"]][here])
+
+
+def test_neighbours_and_what_fires_together(run):
+    feature = run.layer(0)[5]
+    near, together = feature.neighbours(), feature.cofiring()
+    assert set(near["kind"]) == {"cosine", "next"} and set(together["site"]) == {SITES[0]}
+    for row in near.to_dict("records"):
+        other = run.site(row["site"])[row["latent"]]
+        a, b = feature.direction(), other.direction()
+        assert row["cosine"] == pytest.approx(float(a @ b / a.norm() / b.norm()), abs=1e-5)
+        assert row["label"] == other.label
+    mine = set(feature.activations()["row"])
+    for row in together.to_dict("records"):
+        assert row["count"] == len(mine & set(run.layer(0)[row["latent"]].activations()["row"]))
+
+
+def test_what_a_feature_cannot_answer_is_refused(run):
+    feature = run.layer(0)[5]
+    for wrong in (
+        lambda: feature.examples(6),
+        lambda: feature.examples(context=-1),
+        lambda: feature.drivers("x"),
+    ):
+        with pytest.raises(UserError, match="Found"):
+            wrong()
+
+
+def test_figures_are_made_for_every_latent_and_carry_no_markup(run):
+    for feature in run.layer(0):
+        figures = [
+            feature.plot_logits(),
+            feature.plot_drivers(),
+            *([feature.plot_histogram()] if feature.firings else []),
+        ]
+        assert all("<script" not in figure.to_json() and "<img" not in figure.to_json() for figure in figures)
+    assert len(run.layer(0).plot_density().data) == 1
+
+
+def test_an_index_without_a_run_can_be_browsed(run, tmp_path):
+    index = shutil.copytree(run.path / "index", tmp_path / "alone")
+    alone = viewer.open(index)
+    assert alone.sites == list(SITES) and "index only" in repr(alone) and "fake" in alone._repr_html_()
+    assert viewer.open(index / SITES[1]).layer(1)[3].label == alone.layer(1)[3].label
+    assert alone.layer(0)[5]._repr_html_() == run.layer(0)[5]._repr_html_()
+    assert len(alone.find(text="word77")) and len(alone.curves()) == 0
+    with pytest.raises(UserError, match=r"dictionary of .* must be here"):
+        alone.find(like=alone.layer(0)[5])
+    assert viewer.open(run.path / "index").path == run.path == viewer.open(run.path / "index" / SITES[0]).path
+    # a dictionary's own folder with its index in it
+    home = shutil.copytree(run.folder.site_dir(SITES[0]), tmp_path / "dictionary")
+    shutil.copytree(index, home / "index")
+    shutil.rmtree(home / "index" / SITES[1])
+    assert len(viewer.open(home).find(like=viewer.open(home).layer(0)[5])) == 20
+
+
+def test_an_index_written_anew_is_not_mixed_with_the_old_one(tmp_path):
+    run = viewer.open(fake_run(tmp_path / "mine").path)
+    site, feature = run.layer(0), run.layer(0)[5]
+    path = run.path / "index" / SITES[0] / "examples.parquet"
+    feature.examples()
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(UserError, match="Open the run again"):
+        feature.examples()
+    manifest = run.path / "index" / SITES[0] / "manifest.json"
+    os.utime(manifest, ns=(1, 1))
+    assert run.layer(0) is not site and len(run.layer(0)[5].examples()) == len(
+        run.layer(0)[5].examples(0, 3)
+    ) + len([e for e in run.layer(0)[5].examples()["band"] if e])
+
+
+def test_an_index_cut_short_is_named(tmp_path):
+    run = viewer.open(fake_run(tmp_path / "mine").path)
+    folder = run.path / "index" / SITES[0]
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name, content in whole.items():
+        (folder / name).write_bytes(content[:-9])
+        with pytest.raises(UserError, match=re.escape(name)):
+            run.layer(0)
+        (folder / name).unlink()
+        with pytest.raises(UserError, match=re.escape(name)):
+            run.layer(0)
+        (folder / name).write_bytes(content)
+    assert run.layer(0)[5].firings and run.layer(1)[5].firings
 
 
 def test_a_silent_latent_shows_itself_too(run):
     feature = run.layer(0)[2]
     assert (feature.density, feature.max, len(feature.examples()), len(feature.histogram())) == (0, 0, 0, 0)
+    assert len(feature.drivers()) == len(feature.activations()) == 0 and feature.state == "silent"
     assert "never fires" in repr(feature) and "never fired" in feature._repr_html_()
 
 

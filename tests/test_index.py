@@ -1,108 +1,79 @@
-"""The feature index against a search by brute force, and its files against damage."""
+"""The feature index as a whole: what one pass over the text leaves behind."""
 
-import json
 import math
+from dataclasses import fields
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from viewer_fakes import (
-    CONTEXT,
-    D_MODEL,
-    D_SAE,
-    D_VOCAB,
-    SITES,
-    FakeModel,
-    fake_blocks,
-    fake_dictionary,
-)
+from viewer_fakes import CONTEXT, D_SAE, D_VOCAB, SITES, FakeModel, fake_blocks, fake_dictionary
 
 from activations.blocks import TokenBlocks
 from sae import UserError
-from viewer.accumulate import N_BINS, histogram_bin, histogram_edges
-from viewer.index import build_index
-from viewer.lens import linear_part, top_logits
-from viewer.storage import EXAMPLES, LATENTS, MANIFEST, TOKENS, read_manifest
+from viewer.index import IndexBuilder, build_index
+from viewer.storage import (
+    EXAMPLES,
+    FIRINGS,
+    LATENTS,
+    RELATED,
+    SCHEMAS,
+    TOKENS,
+    read_firings,
+    read_manifest,
+    read_texts,
+    read_tokens,
+    verify_firings,
+)
 
-EXAMPLE_COUNT, WINDOW = 6, 4
+TEXT = {"corpus": "made up"}
 
 
-def build(tmp_path, blocks=None, dictionaries=None, **kwargs):
+def build(out, blocks=None, dictionaries=None, **kwargs):
     model = FakeModel()
     dictionaries = dictionaries or {site: fake_dictionary(site, seed=n) for n, site in enumerate(SITES)}
     blocks = fake_blocks() if blocks is None else blocks
-    options = {"examples": EXAMPLE_COUNT, "context_tokens": WINDOW, **kwargs}
-    return build_index(model, dictionaries, blocks, tmp_path.joinpath, **options), model, dictionaries
+    options = {"examples": 6, "text": TEXT, **kwargs}
+    return build_index(model, dictionaries, lambda start: blocks, out, **options), model, dictionaries
 
 
-def brute_force(model, dictionary, site, blocks):
-    """Firings by latent (activation, document, position, token, window, values, peak), and kept tokens."""
-    firings = {latent: [] for latent in range(D_SAE)}
-    kept = 0
-    for batch in blocks:
-        acts = dictionary.encode(model.activations(batch.tokens, [site])[site])
-        for b in range(len(batch.tokens)):
-            for p in range(CONTEXT):
-                if not batch.keep[b, p]:
-                    continue
-                kept += 1
-                doc = int(batch.document[b, p])
-                near = [
-                    q
-                    for q in range(max(0, p - WINDOW), min(CONTEXT, p + WINDOW + 1))
-                    if batch.keep[b, q] and int(batch.document[b, q]) == doc
-                ]
-                for latent in acts[b, p].nonzero().flatten().tolist():
-                    firings[latent].append(
-                        (
-                            float(acts[b, p, latent]),
-                            doc,
-                            int(batch.position[b, p]),
-                            int(batch.tokens[b, p]),
-                            batch.tokens[b, near].tolist(),
-                            acts[b, near, latent].tolist(),
-                            near.index(p),
-                        )
-                    )
-    return firings, kept
+def joined(blocks):
+    return {f.name: torch.cat([getattr(b, f.name) for b in blocks]) for f in fields(TokenBlocks)[:4]}
 
 
-def top_documents(firings):
-    best = {}
-    for firing in sorted(firings, key=lambda f: (-f[0], f[1], f[2])):
-        best.setdefault(firing[1], firing)
-    return list(best.values())[:EXAMPLE_COUNT]
-
-
-def test_every_figure_equals_a_brute_force_search(tmp_path):
-    blocks = fake_blocks()
-    folders, model, dictionaries = build(tmp_path, blocks)
+def test_every_firing_is_there_and_the_texts_say_where(tmp_path):
+    folders, model, dictionaries = build(tmp_path)
+    whole, texts = joined(fake_blocks()), read_texts(tmp_path)
+    for name, tensor in whole.items():
+        assert np.array_equal(getattr(texts, name), tensor.numpy())
+    kept = whole["keep"].numpy()
+    assert len(texts) == kept.sum() and np.array_equal(texts.row_of >= 0, kept)
+    assert np.array_equal(texts.place[texts.row_of[kept]], np.flatnonzero(kept))
     for site, folder in folders.items():
-        firings, kept = brute_force(model, dictionaries[site], site, blocks)
-        latents = pq.read_table(folder / LATENTS).to_pylist()
-        examples = pq.read_table(folder / EXAMPLES).to_pylist()
-        assert [row["latent"] for row in latents] == list(range(D_SAE))
-        assert read_manifest(folder)["tokens"] == kept
-        for row in latents:
-            values = np.array([f[0] for f in firings[row["latent"]]], np.float32)
-            assert row["firings"] == len(values) and row["density"] == len(values) / kept
-            assert row["max"] == (values.max() if len(values) else 0)
-            assert row["mean"] == np.float32(values.sum(dtype=np.float64) / max(1, len(values)))
-            counts = np.zeros(N_BINS, int)
-            counts[row["histogram_first"] : row["histogram_first"] + len(row["histogram"])] = row["histogram"]
-            expected = np.histogram(values, histogram_edges())[0]
-            assert counts.tolist() == expected.tolist() and counts.sum() == len(values)
-        wanted = [
-            (latent, rank, *firing)
-            for latent in range(D_SAE)
-            for rank, firing in enumerate(top_documents(firings[latent]))
-        ]
-        names = ("latent", "rank", "activation", "document", "position", "token", "tokens", "values", "peak")
-        assert [tuple(row[name] for name in names) for row in examples] == wanted
-        # the case is worth its name: a silent latent, one that always fires, full lists
-        assert latents[2]["firings"] == 0 and latents[1]["density"] == 1.0
-        assert sum(1 for row in examples if row["latent"] == 1) == EXAMPLE_COUNT
+        acts = dictionaries[site].encode(model.activations(whole["tokens"], [site])[site][whole["keep"]])
+        firings, dense = read_firings(folder), np.zeros((len(texts), D_SAE), np.float32)
+        verify_firings(folder)
+        for latent in range(len(firings)):
+            row, activation = firings.latent(latent)
+            assert (np.diff(row) > 0).all()
+            dense[row, latent] = activation
+        assert np.array_equal(dense, acts.numpy())
+        latents = pq.read_table(folder / LATENTS).to_pydict()
+        assert latents["latent"] == list(range(D_SAE))
+        assert latents["firings"] == (dense > 0).sum(0).tolist()
+        # the case is worth its name: a silent latent, one that always fires
+        assert latents["state"][2] == "silent" and latents["log10_density"][2] is None
+        assert latents["density"][1] == 1.0 and latents["state"][1] == "dense"
+        manifest = read_manifest(folder)
+        assert manifest["tokens"] == len(texts) and manifest["corpus"] == "made up"
+        assert sum(manifest["states"].values()) == D_SAE and manifest["states"]["silent"] >= 1
+        examples = pq.read_table(folder / EXAMPLES).to_pydict()
+        assert max(examples["rank"]) == 5 and set(examples["band"]) == set(range(6))
+        assert max(examples["peak"]) < CONTEXT
+        for name, schema in SCHEMAS.items():
+            assert pq.read_schema(folder / name).equals(schema, check_metadata=False)
+            latent = pq.read_table(folder / name)["latent"].to_numpy()
+            assert (np.diff(latent) >= 0).all()
 
 
 def test_one_forward_pass_serves_all_sites_and_progress_ends_at_its_total(tmp_path):
@@ -112,80 +83,16 @@ def test_one_forward_pass_serves_all_sites_and_progress_ends_at_its_total(tmp_pa
     assert seen[-1][0] == seen[-1][1] and [done for done, _ in seen] == sorted(done for done, _ in seen)
 
 
-def test_the_cut_into_batches_changes_nothing(tmp_path):
-    blocks = fake_blocks()
-    whole = [
-        TokenBlocks(
-            **{
-                n: torch.cat([getattr(b, n) for b in blocks])
-                for n in ("tokens", "document", "position", "keep")
-            }
-        )
-    ]
-    one, _, _ = build(tmp_path / "one", blocks)
-    other, _, _ = build(tmp_path / "other", whole)
+def test_the_cut_into_batches_and_parts_changes_no_file(tmp_path, monkeypatch):
+    one, _, _ = build(tmp_path / "one")
+    other, _, _ = build(tmp_path / "other", [TokenBlocks(**joined(fake_blocks()))])
+    monkeypatch.setattr("viewer.parts._PART_BYTES", 1)
+    parts, _, _ = build(tmp_path / "parts")
     for site in SITES:
-        for name in (LATENTS, EXAMPLES, TOKENS):
-            assert pq.read_table(one[site] / name).equals(pq.read_table(other[site] / name)), name
-
-
-@pytest.mark.parametrize(
-    "value", [1e-9, 2.0**-16, 0.75, 1.0, math.nextafter(1.125, 0), 1.125, 583.2, 2.0**24, 3e38]
-)
-def test_bins_hold_what_lies_between_their_edges(value):
-    edges, place = histogram_edges(), int(histogram_bin(np.array([value], np.float32))[0])
-    clipped = min(max(float(np.float32(value)), edges[0]), np.nextafter(edges[-1], 0))
-    assert edges[place] <= clipped < edges[place + 1]
-
-
-@pytest.mark.parametrize("norm", ["rms", "layer"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_equal_the_whole_product(norm, dtype):
-    generator = torch.Generator().manual_seed(1)
-    # more than one chunk of the vocabulary, and a last one that is no multiple of the groups
-    d_vocab, d_model, count = 32768 + 16384 + 77, 32, 10
-    gamma, bias = 0.5 + torch.rand(d_model, generator=generator), torch.randn(d_model, generator=generator)
-    if norm == "rms":
-        final = torch.nn.RMSNorm(d_model, eps=1e-6)
-    else:
-        final = torch.nn.LayerNorm(d_model)
-        final.bias.data.copy_(bias)
-    final.weight.data.copy_(gamma)
-
-    class Model:
-        W_U = torch.randn(d_model, d_vocab, generator=generator).to(dtype)
-
-        def final_norm(self, resid):
-            return final.to(resid.dtype)(resid)
-
-    directions = torch.randn(7, d_model, generator=generator)
-    read = directions - directions.mean(1, keepdim=True) if norm == "layer" else directions
-    used = gamma.to(dtype).float()
-    expected = (read * used) @ Model.W_U.float()
-    expected -= expected.mean(1, keepdim=True)
-    ids, logits = top_logits(Model(), directions, count=count)
-    for side, largest in ((slice(0, count), True), (slice(count, None), False)):
-        values, tokens = expected.topk(count, dim=1, largest=largest)
-        # a norm in bf16 answers in bf16: its weight is known to 8 bits
-        precision = 1e-5 if dtype == torch.float32 else 5e-3
-        torch.testing.assert_close(logits[:, side], values, rtol=precision, atol=precision)
-        if dtype == torch.float32:
-            assert ids[:, side].tolist() == tokens.tolist()
-
-
-def test_the_linear_part_of_a_norm_is_its_derivative_along_directions_that_keep_the_scale():
-    model, generator = FakeModel(), torch.Generator().manual_seed(3)
-    direction = torch.randn(1, D_MODEL, generator=generator)
-    base = torch.randn(D_MODEL, generator=generator, dtype=torch.float64)
-    base -= direction[0] * (base @ direction[0].double()) / direction.pow(2).sum()
-    base /= base.pow(2).mean().sqrt()
-    moved = model.final_norm(base + 1e-5 * direction[0]) - model.final_norm(base)
-    torch.testing.assert_close(
-        linear_part(model.final_norm, direction, torch.float32)[0].double(),
-        moved / 1e-5,
-        rtol=1e-3,
-        atol=1e-3,
-    )
+        for name in (*SCHEMAS, FIRINGS):
+            wanted = (one[site] / name).read_bytes()
+            assert (other[site] / name).read_bytes() == wanted == (parts[site] / name).read_bytes(), name
+    assert not (tmp_path / "parts" / "parts").exists()
 
 
 def test_a_transcoder_reads_one_site_and_speaks_at_the_other(tmp_path):
@@ -198,6 +105,9 @@ def test_a_transcoder_reads_one_site_and_speaks_at_the_other(tmp_path):
     rows = pq.read_table(folders[writes] / LATENTS).to_pylist()
     expected = (coder.W_dec * model.gamma) @ model.W_U
     assert [row["top_tokens"] for row in rows] == expected.topk(10, dim=1).indices.tolist()
+    assert [row["bottom_tokens"] for row in rows] == (-expected).topk(10, dim=1).indices.tolist()
+    edges = manifest["logit_histogram_edges"]
+    assert all(len(row["logit_histogram"]) == len(edges) - 1 for row in rows)
     # what does not write to the residual stream has no logits, and says so
     assert read_manifest(folders[reads])["logits"] == 0
     assert pq.read_table(folders[reads] / LATENTS)["top_tokens"].to_pylist() == [[]] * D_SAE
@@ -205,54 +115,98 @@ def test_a_transcoder_reads_one_site_and_speaks_at_the_other(tmp_path):
 
 def test_tokens_named_anywhere_have_their_text(tmp_path):
     folders, model, _ = build(tmp_path)
+    strings = read_tokens(tmp_path)
+    assert list(strings.values()) == model.token_strings(list(strings))
+    named = set(np.unique(read_texts(tmp_path).tokens).tolist())
+    for folder in folders.values():
+        for row in pq.read_table(folder / LATENTS).to_pylist():
+            named |= {*row["top_tokens"], *row["bottom_tokens"]}
+    assert named == set(strings) and max(named) < D_VOCAB
+    assert pq.read_schema(tmp_path / TOKENS).names == ["id", "text"]
+
+
+def test_only_silent_latents_are_an_index_too(tmp_path):
+    dead = fake_dictionary(SITES[0], threshold=1e6)
+    dead.b_enc.zero_()
+    folders, _, _ = build(tmp_path, dictionaries={SITES[0]: dead})
     folder = folders[SITES[0]]
-    texts = pq.read_table(folder / TOKENS).to_pydict()
-    assert texts["text"] == model.token_strings(texts["id"])
-    named = {
-        i for row in pq.read_table(folder / EXAMPLES).to_pylist() for i in (*row["tokens"], row["token"])
-    }
-    for row in pq.read_table(folder / LATENTS).to_pylist():
-        named |= {*row["top_tokens"], *row["bottom_tokens"]}
-    assert named == set(texts["id"]) and max(named) < D_VOCAB
+    assert read_manifest(folder)["states"] == {"live": 0, "silent": D_SAE, "dense": 0}
+    assert read_firings(folder).starts.tolist() == [0] * (D_SAE + 1)
+    assert [pq.read_metadata(folder / name).num_rows for name in SCHEMAS] == [D_SAE, 0, 0, 10 * D_SAE]
 
 
-def test_a_damaged_index_is_named(tmp_path):
-    folders, _, _ = build(tmp_path)
-    folder = folders[SITES[0]]
-    read_manifest(folder)
-    whole = (folder / EXAMPLES).read_bytes()
-    for damage in (whole[:-10], whole[:-1] + bytes([whole[-1] ^ 1])):
-        (folder / EXAMPLES).write_bytes(damage)
-        with pytest.raises(UserError, match=EXAMPLES):
-            read_manifest(folder)
-    (folder / EXAMPLES).unlink()
-    with pytest.raises(UserError, match="missing"):
-        read_manifest(folder)
-    (folder / EXAMPLES).write_bytes(whole)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "version": 99}))
-    with pytest.raises(UserError, match="99"):
-        read_manifest(folder)
-    (folder / MANIFEST).unlink()
-    with pytest.raises(UserError, match="cut short"):
-        read_manifest(folder)
-
-
-def test_a_rebuild_that_dies_leaves_no_manifest(tmp_path, monkeypatch):
-    build(tmp_path)
-    monkeypatch.setattr(FakeModel, "token_strings", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        build(tmp_path)
-    with pytest.raises(UserError, match="cut short"):
-        read_manifest(tmp_path / SITES[0])
-    assert not list((tmp_path / SITES[0]).glob("*.tmp"))
+def test_neighbours_copies_and_coordinates_come_from_the_weights(tmp_path):
+    dictionaries = {site: fake_dictionary(site, seed=n) for n, site in enumerate(SITES)}
+    one = dictionaries[SITES[0]]
+    for name in ("W_enc", "W_dec"):
+        weight = getattr(one, name) if name == "W_dec" else getattr(one, name).T
+        weight[7] = weight[5]
+    folders, _, _ = build(tmp_path, dictionaries=dictionaries)
+    related = pq.read_table(folders[SITES[0]] / RELATED).to_pandas()
+    assert (np.diff(related["latent"]) >= 0).all()
+    assert set(related["kind"]) == {"cosine", "cofiring", "next"}
+    unit = {site: torch.nn.functional.normalize(d.W_dec, dim=1) for site, d in dictionaries.items()}
+    for kind, other in (("cosine", SITES[0]), ("next", SITES[1])):
+        cosine = unit[SITES[0]] @ unit[other].T
+        if kind == "cosine":
+            cosine.fill_diagonal_(-2)
+        for latent in range(D_SAE):
+            rows = related[(related["kind"] == kind) & (related["latent"] == latent)]
+            assert rows["rank"].tolist() == list(range(10)) and set(rows["other_site"]) == {other}
+            assert rows["value"].tolist() == pytest.approx(cosine[latent].topk(10).values.tolist(), abs=1e-5)
+    cofiring = related[related["kind"] == "cofiring"]
+    assert (
+        cofiring["count"].notna().all() and related.loc[related["kind"] != "cofiring", "count"].isna().all()
+    )
+    latents = pq.read_table(folders[SITES[0]] / LATENTS).to_pylist()
+    assert [row["duplicate_of"] for row in latents] == [5 if n == 7 else None for n in range(D_SAE)]
+    manifests = [read_manifest(folder) for folder in folders.values()]
+    assert manifests[0]["duplicates"] == 1 and manifests[0]["next"] == SITES[1]
+    assert manifests[1]["previous"] == SITES[0] and "next" not in manifests[1]
+    row = one.W_dec[3]
+    assert [n["neuron"] for n in latents[3]["neuron_alignment"]] == row.abs().topk(3).indices.tolist()
+    assert latents[3]["decoder_norm"] == pytest.approx(float(row.norm()))
+    expected = torch.nn.functional.cosine_similarity(one.W_enc[:, 3], row, dim=0)
+    assert latents[3]["encoder_decoder_cosine"] == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_what_cannot_be_indexed_is_refused(tmp_path):
     with pytest.raises(UserError, match="no token"):
         build(tmp_path, [])
+    nothing = joined(fake_blocks())
+    nothing["keep"] = torch.zeros_like(nothing["keep"])
+    with pytest.raises(UserError, match="no token"):
+        build(tmp_path, [TokenBlocks(**nothing)])
     broken = fake_dictionary(SITES[0])
     broken.b_enc[3] = math.inf
-    with pytest.raises(UserError, match="finite"):
+    with pytest.raises(UserError, match="latents must be finite"):
         build(tmp_path, dictionaries={SITES[0]: broken})
+    for bad in (math.inf, math.nan):
+        model = FakeModel()
+        model.table[SITES[0]][int(fake_blocks()[0].tokens[0, 1]), 3] = bad
+        with pytest.raises(UserError, match=f"activations at {SITES[0]} must be finite"):
+            build_index(
+                model, {SITES[0]: fake_dictionary(SITES[0])}, lambda start: fake_blocks(), tmp_path, text=TEXT
+            )
+    narrow = fake_dictionary(SITES[0])
+    model = FakeModel()
+    model.table[SITES[0]] = model.table[SITES[0]][:, :5]
+    model.where[SITES[0]] = model.where[SITES[0]][:, :5]
+    with pytest.raises(UserError, match=r"d_in 16 .* 5 wide"):
+        build_index(model, {SITES[0]: narrow}, lambda start: fake_blocks(), tmp_path, text=TEXT)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_builder_takes_each_batch_once_from_every_site(tmp_path):
+    dictionaries = {site: fake_dictionary(site) for site in SITES}
+    model, (first, second) = FakeModel(), fake_blocks(2)
+    builder = IndexBuilder(model, dictionaries, tmp_path, text=TEXT)
+    from sae.sparse import SparseEncoder
+
+    x = model.activations(first.tokens, SITES)
+    latents = {site: SparseEncoder(d).encode(x[site][first.keep]) for site, d in dictionaries.items()}
+    builder.add(SITES[0], first, latents[SITES[0]])
+    with pytest.raises(ValueError, match="rows of"):
+        builder.add(SITES[0], first, latents[SITES[0]])
+    with pytest.raises(ValueError, match="1 of 2 sites"):
+        builder.add(SITES[0], second, latents[SITES[0]])

@@ -124,7 +124,14 @@ def fake_run(path: Path, *, index: bool = True, evaluated: bool = True, threshol
         }
         run.write_eval({site: {**row, "ce_recovered_mean": 0.9, "ce_recovered_zero": 0.98} for site in SITES})
     if index:
-        build_index(FakeModel(), dictionaries, fake_blocks(), run.index_dir, examples=6, context_tokens=4)
+        build_index(
+            FakeModel(),
+            dictionaries,
+            lambda start: fake_blocks(),
+            run.index_root,
+            text={"corpus": "made up"},
+            examples=6,
+        )
     run.set_state("done")
     return run
 

@@ -102,9 +102,14 @@ class RunFolder:
         """Folder of a site's dictionary: cfg.json and sae_weights.safetensors."""
         return self.path / "sites" / site
 
+    @property
+    def index_root(self) -> Path:
+        """Folder of the feature index of all sites."""
+        return self.path / "index"
+
     def index_dir(self, site: str) -> Path:
         """Folder of a site's feature index."""
-        return self.path / "index" / site
+        return self.index_root / site
 
     def log(self, lines: list[dict[str, Any]]) -> None:
         """Appends lines to metrics.jsonl: all of them, or none when the disk refuses."""
@@ -172,8 +177,8 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def hold(path: Path | str) -> Iterator[None]:
-    """Makes this process the only one that trains into a run folder, which is made if need be.
+def hold(path: Path | str, doing: str = "training into") -> Iterator[None]:
+    """Makes this process the only one that works on a folder, which is made if need be; `doing` says what.
 
     The system lets go of it when the process ends, however it ends. Raises UserError at once when another
     process holds it.
@@ -184,8 +189,8 @@ def hold(path: Path | str) -> Iterator[None]:
             lock.acquire()
     except Timeout:
         raise UserError(
-            "a run folder must be written by one process at a time",
-            f"another one is training into {path}",
+            "a folder must be written by one process at a time",
+            f"another one is {doing} {path}",
             "wait for it, stop it, or choose another --out",
         ) from None
     try:

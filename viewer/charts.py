@@ -1,9 +1,14 @@
 """The viewer's plotly figures: marks and axes. Text and paper take the colours of where they are shown."""
 
+import html
 import math
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from jaxtyping import Float
+
+from viewer.markup import readable
 
 TEAL, AMBER, GREY = "#0d8275", "#c46a12", "#8a8f98"
 _SERIES = (TEAL, AMBER, "#7a5ab8", "#3b78c2", "#b5476b")
@@ -29,6 +34,42 @@ def histogram(frame: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(type="log", title="activation", dtick="D2" if decades < 2.5 else 1, tickformat="~s")
     figure.update_yaxes(title="tokens")
     return _plain(figure, 220)
+
+
+def bars(frame: pd.DataFrame, value: str) -> go.Figure:
+    """A bar a token, best first: columns `token` and `value`."""
+    colour = [TEAL if v >= 0 else _SERIES[2] for v in frame[value]]
+    figure = go.Figure(
+        go.Bar(x=frame[value], y=list(range(len(frame))), orientation="h", marker_color=colour)
+    )
+    # plotly reads markup in labels, and would merge tokens that look alike
+    names = [html.escape(readable(token)) for token in frame["token"]]
+    figure.update_yaxes(tickvals=list(range(len(frame))), ticktext=names, autorange="reversed")
+    figure.update_xaxes(title=value)
+    return _plain(figure, 60 + 22 * max(1, len(frame)))
+
+
+def density(latents: pd.DataFrame) -> go.Figure:
+    """How many latents fire on what share of tokens; those that never fire are told beside it."""
+    fired = latents["log10_density"].dropna()
+    figure = go.Figure(go.Histogram(x=fired, nbinsx=60, marker_color=TEAL))
+    figure.update_xaxes(title=f"log10 of the share of tokens ({len(latents) - len(fired):,} never fired)")
+    figure.update_yaxes(title="latents")
+    return _plain(figure, 260)
+
+
+def cosines(values: dict[str, Float[np.ndarray, " latent"]]) -> go.Figure:
+    """How close each dictionary's latents come to the other's: a histogram each."""
+    figure = go.Figure()
+    for number, (name, cosine) in enumerate(values.items()):
+        figure.add_histogram(
+            x=cosine, name=html.escape(name), marker_color=_SERIES[number], opacity=0.6,
+            xbins={"start": -1, "end": 1.02, "size": 0.02},
+        )  # fmt: skip
+    figure.update_layout(barmode="overlay", showlegend=True)
+    figure.update_xaxes(title="cosine with the nearest decoder row of the other")
+    figure.update_yaxes(title="latents")
+    return _plain(figure, 300, top=40)
 
 
 def by_layer(

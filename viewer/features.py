@@ -1,6 +1,6 @@
-"""The Features API: a run folder as Python objects that show themselves, and DataFrames.
+"""One site's latents as objects that show themselves, and as DataFrames.
 
-    run = viewer.open("runs/demo");  feature = run.layer(9)[123];  feature.examples()
+    feature = run.layer(9)[123];  feature.examples();  feature.label = "capital cities"
 
 Nothing here needs the language model or Streamlit.
 """
@@ -8,135 +8,61 @@ Nothing here needs the language model or Streamlit.
 import functools
 import html
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
+from jaxtyping import Float
+from torch import Tensor
 
-from activations.sites import kind_of, layer_of, site_label
+from activations.sites import site_label
 from sae.errors import UserError
-from train.run_folder import RunFolder
-from viewer import markup
-from viewer.accumulate import histogram_edges
-from viewer.storage import EXAMPLES, LATENTS, TOKENS, read_manifest, read_rows
+from viewer import charts, markup
+from viewer.histogram import histogram_edges
+from viewer.tables import IndexFolder, SiteTables
+from viewer.windows import windows
 
-_SCALARS = ["latent", "firings", "density", "mean", "max", "threshold"]
-_METRICS = [
-    "l0",
-    "l0_target",
-    "fvu",
-    "delta_ce",
-    "delta_ce_se",
-    "ce_recovered_mean",
-    "ce_recovered_zero",
-    "kl",
-    "dead",
-]
-
-
-class Run:
-    """A run folder, read only."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-        self.path = folder.path
-        self.name = folder.name
-
-    @property
-    def sites(self) -> list[str]:
-        """The sites trained, in layer order."""
-        return self.folder.sites()
-
-    def site(self, name: str) -> "Site":
-        """A site's features. Raises UserError when the run has no such site or the site no whole index."""
-        if name not in self.sites:
-            raise UserError(
-                "the site must be one of the run's", repr(name), f"choose from {', '.join(self.sites)}"
-            )
-        return Site(self.folder.index_dir(name), name)
-
-    def layer(self, layer: int, kind: str | None = None) -> "Site":
-        """The site at a layer. `kind` (`resid_post`, `mlp_out`, ...) is needed where a layer has several."""
-        here = [site for site in self.sites if layer_of(site) == layer and kind in (None, kind_of(site))]
-        if len(here) != 1:
-            layers = ", ".join(site_label(site) for site in self.sites)
-            asked = f"layer {layer}" + (f" {kind}" if kind else "")
-            do = "also name the kind" if here else f"choose from {layers}"
-            raise UserError("a layer must name one site", f"{len(here)} sites for {asked}", do)
-        return self.site(here[0])
-
-    def overview(self) -> pd.DataFrame:
-        """A row a site: site, layer, kind and the held-out metrics of eval.json (NaN for none)."""
-        table = self.folder.eval_table()
-        rows = [{"site": s, "layer": layer_of(s), "kind": kind_of(s), **table.get(s, {})} for s in self.sites]
-        frame = pd.DataFrame(rows)
-        return frame.reindex(columns=[*frame.columns, *(m for m in _METRICS if m not in frame)])
-
-    def curves(self) -> pd.DataFrame:
-        """The training log: a row per logging step and site. Empty when nothing was logged."""
-        return self.folder.metrics()
-
-    def __repr__(self) -> str:
-        config = self.folder.config()
-        what = f"{config.get('model', '?')}, {config.get('corpus', '?')}"
-        first = f"run {self.name} ({self.folder.state()}): {what}"
-        shown = self.overview()[["layer", "kind", *_METRICS]].to_string(
-            index=False, na_rep="–", float_format="%.4g"
-        )
-        return f"{first}\n{shown}"
-
-    def _repr_html_(self) -> str:
-        config = self.folder.config()
-        facts = [(k, str(config.get(k, "–"))) for k in ("model", "corpus", "width", "l0", "tokens")]
-        cells = [
-            [html.escape(site_label(row["site"])), *(markup.number(row[m]) for m in _METRICS)]
-            for row in self.overview().to_dict("records")
-        ]
-        body = markup.facts_html([*facts, ("state", self.folder.state())]) + markup.table_html(
-            ["site", *_METRICS], cells
-        )
-        return f'{markup.STYLE}<div class="js-card"><h4>{html.escape(self.name)}</h4>{body}</div>'
+COFIRING = "cofiring"
 
 
 class Site:
     """The latents of one dictionary: `site[123]` is a Feature. UserError when the index is torn or absent."""
 
-    def __init__(self, folder: Path, name: str) -> None:
-        self.folder, self.name = folder, name
-        self.manifest: dict[str, Any] = read_manifest(folder)
+    def __init__(self, index: IndexFolder, name: str) -> None:
+        self.index, self.name = index, name
+        self.tables: SiteTables = index.site(name)
+        self.manifest: dict[str, Any] = self.tables.manifest
 
     def __len__(self) -> int:
-        return self.manifest["d_sae"]
+        return self.tables.n_latents
 
     def __getitem__(self, latent: int) -> "Feature":
         if not 0 <= latent < len(self):
-            raise UserError(
-                f"a latent of {self.name} must be from 0 to {len(self) - 1}",
-                str(latent),
-                "choose one of those",
-            )
+            has = f"must be from 0 to {len(self) - 1}" if len(self) else "cannot be asked for: there is none"
+            raise UserError(f"a latent of {self.name} {has}", str(latent), "choose another")
         return Feature(self, int(latent))
 
     def __iter__(self) -> Iterator["Feature"]:
         return (Feature(self, latent) for latent in range(len(self)))
 
-    @functools.cached_property
-    def _scalars(self) -> pd.DataFrame:
-        return read_rows(self.folder / LATENTS, columns=_SCALARS).to_pandas()
-
     def latents(self) -> pd.DataFrame:
-        """A row a latent: latent, firings, density, mean and max over firings, threshold."""
-        return self._scalars.copy()
+        """A row a latent: every column of latents.parquet that is no list, with labels of your own."""
+        frame = self.tables.scalars.to_pandas()
+        own = self.index.annotations.labels(self.name)
+        frame["label"] = self.index.labels(self.name)
+        frame["label_source"] = np.where(frame["label"] == "", "", "automatic")
+        frame.loc[frame["latent"].isin(list(own)), "label_source"] = "yours"
+        return frame
 
     def live(self) -> np.ndarray:
         """The latents that fired at least once on the indexed text, in order."""
-        return self._scalars.loc[self._scalars["firings"] > 0, "latent"].to_numpy()
+        scalars = self.tables.scalars
+        return scalars["latent"].to_numpy()[scalars["firings"].to_numpy() > 0]
 
-    @functools.cached_property
-    def _texts(self) -> dict[int, str]:
-        table = read_rows(self.folder / TOKENS)
-        return dict(zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True))
+    def plot_density(self) -> go.Figure:
+        """How many latents fire how often."""
+        return charts.density(self.latents())
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -157,11 +83,13 @@ class Site:
 
 
 class Feature:
-    """One latent and what the index knows of it."""
+    """One latent and what the index knows of it. Equal to another of the same latent of the same index."""
 
     def __init__(self, site: Site, latent: int) -> None:
         self.site, self.latent = site, latent
-        self._row: dict[str, Any] = read_rows(site.folder / LATENTS, latent=latent).to_pylist()[0]
+        self._row: dict[str, Any] = site.tables.latents.of(latent).to_pylist()[0]
+        self.state: str = self._row["state"]
+        """live, silent (it never fired on the indexed text) or dense (on more than a tenth of its tokens)."""
         self.density: float = self._row["density"]
         """Share of tokens on which it fires."""
         self.firings: int = self._row["firings"]
@@ -170,72 +98,196 @@ class Feature:
         self.max: float = self._row["max"]
         self.threshold: float | None = self._row["threshold"]
         """None where a pre-activation alone does not decide whether it fires."""
+        self.automatic_label: str = self._row["label"] or ""
+        """Made from the evidence by rules, without a language model."""
+        self.label_evidence: str = self._row["label_evidence"] or ""
 
-    def examples(self) -> pd.DataFrame:
-        """Its best documents, best first: document, position, token, activation, peak, tokens and values.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Feature) and self._key == other._key
 
-        tokens and values are lists of one length, the window around the peak; peak is the peak's place in
-        them.
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def label(self) -> str:
+        """Your label if there is one, else the automatic one. Setting it writes it; "" takes yours back."""
+        return self._annotation("label") or self.automatic_label
+
+    @label.setter
+    def label(self, text: str) -> None:
+        self._annotate("label", text)
+
+    @property
+    def label_source(self) -> str:
+        """`yours`, `automatic`, or "" where there is no label."""
+        return "yours" if self._annotation("label") else "automatic" if self.automatic_label else ""
+
+    @property
+    def notes(self) -> str:
+        """Your notes on it; setting them writes them."""
+        return self._annotation("notes")
+
+    @notes.setter
+    def notes(self, text: str) -> None:
+        self._annotate("notes", text)
+
+    def examples(self, band: int | None = None, context: int | None = None) -> pd.DataFrame:
+        """Where it fires, one place a document: band, rank, block, document, position, token, activation, ...
+
+        Band 0 is the highest; bands 1 to 5 are samples of the fifths of its range of activations, highest
+        first; None is all, in that order. tokens and values are lists of one length: the text around, at
+        most `context` tokens either side (None: all of the document that the model read with it), and the
+        activation on each. peak is the place of the token in them.
         """
-        table = read_rows(self.site.folder / EXAMPLES, latent=self.latent)
-        frame = table.drop_columns(["latent", "rank"]).to_pandas()
-        texts = self.site._texts
-        frame["token"] = [texts[i] for i in frame["token"]]
-        frame["tokens"] = [[texts[i] for i in ids] for ids in frame["tokens"]]
-        frame["values"] = [list(map(float, values)) for values in frame["values"]]
-        return frame
+        if band is not None and not 0 <= band <= 5:
+            raise UserError("a band must be from 0 to 5", str(band), "0 is the highest activations")
+        if context is not None and context < 0:
+            raise UserError("the context must be 0 tokens or more", str(context), "leave it out for all")
+        table = self.site.tables.examples.of(self.latent).drop_columns(["latent"])
+        if band is not None:
+            table = table.filter(np.asarray(table["band"]) == band)
+        return windows(table, self._fired, self.site.index.texts, self.site.index.strings, context)
+
+    def activations(self) -> pd.DataFrame:
+        """Every firing, in the order of the text: row, block, document, position, token, activation."""
+        texts, (row, activation) = self.site.index.texts, self._fired
+        place = texts.place[row]
+        return pd.DataFrame(
+            {
+                "row": row,
+                "block": place // texts.tokens.shape[1],
+                "document": texts.document.reshape(-1)[place],
+                "position": texts.position.reshape(-1)[place],
+                "token": self.site.index.strings.of(texts.tokens.reshape(-1)[place]),
+                "activation": activation,
+            }
+        )
 
     def logits(self) -> pd.DataFrame:
         """Tokens its decoder row raises and lowers most: side (top, bottom), token, id, logit per unit."""
-        texts, rows = self.site._texts, []
+        frames = []
         for side in ("top", "bottom"):
-            for token, logit in zip(self._row[f"{side}_tokens"], self._row[f"{side}_logits"], strict=True):
-                rows.append({"side": side, "token": texts[token], "id": token, "logit": logit})
-        return pd.DataFrame(rows, columns=["side", "token", "id", "logit"])
+            ids, logits = self._row[f"{side}_tokens"] or [], self._row[f"{side}_logits"] or []
+            texts = self.site.index.strings.of(ids)
+            frames.append(pd.DataFrame({"side": side, "token": texts, "id": ids, "logit": logits}))
+        return pd.concat(frames, ignore_index=True)
 
     def histogram(self) -> pd.DataFrame:
         """Its activations where it fires, in logarithmic bins: lower, upper, count."""
-        counts = np.array(self._row["histogram"], dtype=np.int64)
-        first = self._row["histogram_first"]
-        edges = histogram_edges()[first : first + len(counts) + 1]
-        return pd.DataFrame({"lower": edges[: len(counts)], "upper": edges[1:], "count": counts})
+        first = self._row["histogram_first"] or 0
+        return _bins(histogram_edges()[first:], self._row["histogram"])
+
+    def logit_histogram(self) -> pd.DataFrame:
+        """How its logits spread over the vocabulary, in standard deviations: lower, upper, count."""
+        edges = self.site.manifest.get("logit_histogram_edges", [])
+        return _bins(np.array(edges, dtype=float), self._row["logit_histogram"])
+
+    def drivers(self, order: str = "activation") -> pd.DataFrame:
+        """The tokens it fires on: token, id, count, mean, share (of its activation), lift.
+
+        `order` is "activation" (by share) or "lift" (how much likelier than by chance).
+        """
+        if order not in ("activation", "lift"):
+            raise UserError('order must be "activation" or "lift"', repr(order), "choose one of those")
+        frame = self.site.tables.drivers.of(self.latent).drop_columns(["latent"]).to_pandas()
+        frame = frame.loc[frame["order"] == order].rename(columns={"token": "id"}).reset_index(drop=True)
+        frame.insert(0, "token", self.site.index.strings.of(frame["id"].to_numpy()))
+        return frame.drop(columns=["order", "rank"])
+
+    def neighbours(self) -> pd.DataFrame:
+        """Latents whose decoder rows point the same way: kind, site, latent, label, cosine.
+
+        Kind is cosine (its own site), previous or next (the indexed layer before and after).
+        """
+        found = self._related
+        frame = self._labelled(found.loc[found["kind"] != COFIRING].drop(columns=["count"]))
+        return frame.rename(columns={"value": "cosine"})
+
+    def cofiring(self) -> pd.DataFrame:
+        """Latents of its site that fire on the same tokens: site, latent, label, phi, count of those."""
+        found = self._related
+        frame = self._labelled(found.loc[found["kind"] == COFIRING].drop(columns=["kind"]))
+        return frame.rename(columns={"value": "phi"}).astype({"count": "int64"})
+
+    def neurons(self) -> pd.DataFrame:
+        """The largest entries of its decoder row: neuron, value, share (of the row's L1 norm)."""
+        return pd.DataFrame(self._row["neuron_alignment"] or [], columns=["neuron", "value", "share"])
+
+    def direction(self) -> Float[Tensor, " d_out"]:
+        """Its decoder row: what it writes, per unit of activation. UserError when only the index is here."""
+        return self.site.index.decoder(self.site.name)[self.latent]
+
+    def plot_histogram(self) -> go.Figure:
+        """Its activations where it fires."""
+        return charts.histogram(self.histogram())
+
+    def plot_logits(self) -> go.Figure:
+        """The tokens it raises and lowers."""
+        return charts.bars(self.logits(), "logit")
+
+    def plot_drivers(self) -> go.Figure:
+        """The tokens it fires on."""
+        return charts.bars(self.drivers(), "share")
 
     def facts(self) -> list[tuple[str, str]]:
         """Its numbers as (name, value) pairs for people."""
         often = f"fires on 1 token in {1 / self.density:,.0f}" if self.density else "never fires"
         fixed = [] if self.threshold is None else [("threshold", markup.number(self.threshold))]
+        cosine = self._row["encoder_decoder_cosine"]
         return [
             (often, markup.percent(self.density)),
             ("firings", f"{self.firings:,}"),
             ("highest", markup.number(self.max)),
             ("mean when firing", markup.number(self.mean)),
             *fixed,
+            *([] if cosine is None else [("encoder · decoder", markup.number(cosine))]),
         ]
 
+    def title(self) -> str:
+        """Where it is, for people: `9 resid_post · 123`."""
+        return f"{site_label(self.site.name)} · {self.latent}"
+
     def __repr__(self) -> str:
-        lines = [f"{self.site.name} latent {self.latent}: " + ", ".join(f"{n} {v}" for n, v in self.facts())]
-        logits = self.logits()
-        for side, word in (("top", "raises"), ("bottom", "lowers")):
-            tokens = [markup.readable(t) for t in logits.loc[logits["side"] == side, "token"]]
-            if tokens:
-                lines.append(f"  {word}  " + "  ".join(tokens))
-        for row in self.examples().head(5).to_dict("records"):
-            text, peak = [markup.readable(t, alone=False) for t in row["tokens"]], row["peak"]
-            text[peak] = f"[{text[peak]}]"
-            around = "".join(text[max(0, peak - 12) : peak + 7])
-            lines.append(f"  {markup.number(row['activation']):>7}  {around}")
-        return "\n".join(lines)
+        from viewer.cards import feature_text  # late: cards are made of features
+
+        return feature_text(self)
 
     def _repr_html_(self) -> str:
-        title = f"{self.site.name} latent {self.latent}"
-        return (
-            f'{markup.STYLE}<div class="js-card"><h4>{html.escape(title)}</h4>'
-            f"{markup.facts_html(self.facts())}"
-            f"{markup.histogram_svg(self.histogram())}{markup.logits_html(self.logits())}"
-            f'<div class="js-h">Examples</div>{markup.examples_html(self.examples(), self.max)}</div>'
-        )
+        from viewer.cards import feature_html
+
+        return feature_html(self)
+
+    @property
+    def _key(self) -> tuple[str, str, int]:
+        return str(self.site.index.root.resolve()), self.site.name, self.latent
+
+    @functools.cached_property
+    def _fired(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.site.tables.firings.latent(self.latent)
+
+    @functools.cached_property
+    def _related(self) -> pd.DataFrame:
+        table = self.site.tables.related.of(self.latent).drop_columns(["latent", "rank"])
+        return table.to_pandas().rename(columns={"other_site": "site", "other": "latent"})
+
+    def _labelled(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """With a column `label`, of latents of the columns `site` and `latent`."""
+        labels = np.full(len(frame), "", dtype=object)
+        # a neighbour's site may have been indexed elsewhere
+        for site in set(frame["site"]) & set(self.site.index.sites()):
+            here = np.flatnonzero(frame["site"] == site)
+            labels[here] = self.site.index.labels_of(site, frame["latent"].iloc[here].tolist())
+        frame.insert(list(frame).index("latent") + 1, "label", labels)
+        return frame.reset_index(drop=True)
+
+    def _annotation(self, field: str) -> str:
+        return self.site.index.annotations.get(self.site.name, self.latent, field)
+
+    def _annotate(self, field: str, text: str) -> None:
+        self.site.index.annotations.set(self.site.name, self.latent, field, text)
 
 
-def open(path: Path | str) -> Run:
-    """Opens a run folder. Raises UserError when it is none."""
-    return Run(RunFolder.open(path))
+def _bins(edges: np.ndarray, counts: list[int] | None) -> pd.DataFrame:
+    """A histogram whose first bin starts at the first edge."""
+    number = np.array(counts or [], dtype=np.int64)
+    return pd.DataFrame({"lower": edges[: len(number)], "upper": edges[1 : len(number) + 1], "count": number})

@@ -1,26 +1,31 @@
 """Builds the feature index: what every latent of every site does on held-out text, in one pass."""
 
+import hashlib
 import importlib.metadata
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-import pyarrow
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from activations.blocks import TokenBlocks
+from activations.blocks import Cursor, TokenBlocks
+from activations.harvest import check_finite
 from activations.int8 import HasUnembedding
-from sae import Dictionary, DictionaryConfig, UserError
+from sae import Dictionary, UserError
+from sae.files import read_json
 from sae.sparse import SparseEncoder, SparseLatents
-from viewer.accumulate import BINS_PER_OCTAVE, Chunk, SiteAccumulator, histogram_edges
-from viewer.lens import search_vocabulary, top_logits
-from viewer.storage import write_site
-
-LOGITS = 10
-_RESIDUAL_KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+from viewer import storage
+from viewer.evidence import DENSE, TextRows, gather_evidence
+from viewer.histogram import BINS_PER_OCTAVE, histogram_edges
+from viewer.lens import Vocabulary
+from viewer.parts import Parts
+from viewer.site_tables import lowest_activation, make_tables
+from viewer.storage import LATENTS
 
 
 @runtime_checkable
@@ -42,102 +47,119 @@ class IndexModel(HasUnembedding, Protocol):
 def build_index(
     model: IndexModel,
     dictionaries: Mapping[str, Dictionary],
-    blocks: Iterable[TokenBlocks],
-    out: Callable[[str], Path],
+    blocks: Callable[[Cursor], Iterable[TokenBlocks]],
+    out: Path,
     *,
+    text: Mapping[str, Any],
     examples: int = 20,
-    context_tokens: int = 24,
-    corpus: str = "",
     tokens: int = 0,
+    resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Path]:
     """Indexes every latent of every site from one forward pass a batch of blocks. Returns {site: folder}.
 
-    What is kept of the text is said at `IndexBuilder`, of the files in `storage`. `out(site)` is the folder
-    to write. `corpus` is recorded. `tokens` is how many kept tokens `blocks` will bring: `progress` is called
-    with (done, total), which count those and then the latents written. Raises UserError when a dictionary
-    does not fit its site, when there is no token to index, or when the disk refuses.
+    `blocks` gives the text from a place on, `text` says in plain values which it is. With `resume` a build
+    of the same that was killed goes on. `tokens` is how many kept tokens will come in all: `progress` is
+    called with (done, total), which count those and then the latents written. Raises UserError when a
+    dictionary does not fit its site, when there is no token to index, or when the disk refuses.
     """
-    builder = IndexBuilder(model, dictionaries, examples=examples, context_tokens=context_tokens)
+    builder = IndexBuilder(model, dictionaries, out, text=text, examples=examples, resume=resume)
     encoders = {site: SparseEncoder(dictionary) for site, dictionary in dictionaries.items()}
-    seen = 0
-    for batch in blocks:
+    for batch in () if builder.next is None else blocks(builder.next):
         acts = model.activations(batch.tokens, sorted(set(builder.sites_read.values())))
         for site, encoder in encoders.items():
             x = acts[builder.sites_read[site]]
             _check_fits(encoder.dictionary, x)
-            builder.add(site, batch, encoder.encode(x[batch.keep.to(x.device)]))
-        seen += int(batch.keep.sum())
+            x = x[batch.keep.to(x.device)]
+            check_finite({builder.sites_read[site]: x})
+            builder.add(site, batch, encoder.encode(x))
         if progress:
-            progress(seen, max(tokens, seen) + builder.n_latents)
-    return builder.write(
-        out,
-        corpus=corpus,
-        progress=progress and (lambda done, total: progress(seen + done, seen + total)),
-    )
+            progress(builder.rows, max(tokens, builder.rows) + builder.n_latents)
+    seen = builder.rows
+    return builder.write(progress and (lambda done, total: progress(seen + done, seen + total)))
 
 
 class IndexBuilder:
-    """Collects what every latent of every site does on some text, a batch of blocks at a time.
+    """Collects what every latent of every site does on some text, and writes the index under `out`.
 
-    For each latent, over the tokens where `blocks.keep` holds: firings, density, mean and maximum over
-    firings, an exact histogram, the `examples` documents in which it fires hardest (each by its best token,
-    with up to `context_tokens` tokens of the same document either side and the latent's activation on
-    each), and the tokens its decoder row raises and lowers most (`lens.top_logits`; none for a site that
-    does not write to the residual stream). Memory does not grow with the text: a site keeps d_sae * examples
-    windows.
+    Every firing on the tokens where `blocks.keep` holds is kept, on disk once there are many, so memory does
+    not grow with the text; what the index says is worked out from them at the end, site by site. The files
+    are described in `storage`. An index has one text for all its sites: more sites can be added to one of
+    the same text.
+
+    `text` says which text it is, in plain values, `corpus` among them. With `resume`, the same text and the
+    same dictionaries, a pass that was cut off goes on at `next`; it lasts on disk until the index is written.
     """
 
     def __init__(
         self,
         model: IndexModel,
         dictionaries: Mapping[str, Dictionary],
+        out: Path,
         *,
+        text: Mapping[str, Any],
         examples: int = 20,
-        context_tokens: int = 24,
+        resume: bool = False,
     ) -> None:
-        self.model, self.dictionaries = model, dict(dictionaries)
+        self.model, self.dictionaries, self.out = model, dict(dictionaries), out
         self.sites_read = {site: d.cfg.site_in or site for site, d in dictionaries.items()}
         """The site that each dictionary reads."""
         self.n_latents = sum(d.cfg.d_sae for d in dictionaries.values())
-        self._texts: dict[int, str] = {}
-        self._found = {
-            site: SiteAccumulator(d.cfg.d_sae, examples=examples, context_tokens=context_tokens)
-            for site, d in dictionaries.items()
-        }
+        self._text, self._examples, self._resume = dict(text), examples, resume
+        self._digests = {site: _digest(dictionary) for site, dictionary in dictionaries.items()}
+        self._check_others()
+        facts = {"model": model.name, "text": self._text, "dictionaries": self._digests}
+        self._parts = Parts(out / "parts", tuple(dictionaries), facts if resume else None)
+
+    @property
+    def next(self) -> Cursor | None:
+        """Where the pass goes on; None when it has come to its end."""
+        return self._parts.next
+
+    @property
+    def rows(self) -> int:
+        """Tokens taken in so far."""
+        return self._parts.rows
 
     def add(self, site: str, batch: TokenBlocks, latents: SparseLatents) -> None:
-        """Takes in the latents at the kept positions of a batch, in reading order."""
+        """Takes in the latents at the kept positions of a batch; every site's, before the next batch."""
         if not bool(latents.activation.isfinite().all()):
             where = self.sites_read[site]
             raise UserError(
                 "latents must be finite", f"infinity or NaN at {where}", "train the dictionary again"
             )
-        self._found[site].add(
-            Chunk(
-                latents=latents,
-                tokens=batch.tokens,
-                document=batch.document,
-                position=batch.position,
-                keep=batch.keep,
+        self._parts.add(site, batch, latents)
+
+    def finish(self) -> None:
+        """Ends the pass without writing the index, for one that takes in several passes."""
+        self._parts.finish()
+
+    def take(self, other: "IndexBuilder") -> None:
+        """Puts the text of another finished pass behind this one's, as if one pass had read both.
+
+        Both need a folder of their own, the same model and the same dictionaries.
+        """
+        if other.next is not None or (other.model.name, other._digests) != (self.model.name, self._digests):
+            raise UserError(
+                "passes put together must be finished, and of the same model and dictionaries",
+                f"{other.out} is not",
+                "run both with the same flags but for the text",
             )
-        )
+        self._parts.take(other._parts)
 
     @torch.inference_mode()
-    def write(
-        self,
-        out: Callable[[str], Path],
-        *,
-        corpus: str = "",
-        progress: Callable[[int, int], None] | None = None,
-    ) -> dict[str, Path]:
-        """Writes every site's index, once: its memory is given back. `progress` counts latents."""
-        if not any(found.tokens_seen for found in self._found.values()):
+    def write(self, progress: Callable[[int, int], None] | None = None) -> dict[str, Path]:
+        """Writes every site's index, once. Returns {site: folder}; `progress` counts latents."""
+        if not self.rows:
             raise UserError(
                 "the index needs text", "no token to index", "give a corpus with held-out documents"
             )
-        vocabulary = search_vocabulary(self.model, self.n_latents)
-        folders = {site: out(site) for site in self.dictionaries}
+        self._parts.finish()
+        rows = TextRows(self._parts.texts())
+        for path in (self.out / storage.TOKENS, *self.out.glob(f".{storage.TOKENS}.*.tmp")):
+            path.unlink(missing_ok=True)
+        facts = {"model": self.model.name, "text": self._text, "tokens": len(rows)}
+        checksum = storage.write_texts(self.out, rows.texts, facts)
         written, writing = 0, None
 
         def wait(writing: "Future[int] | None") -> None:
@@ -146,38 +168,95 @@ class IndexBuilder:
             if writing and progress:
                 progress(written, self.n_latents)
 
-        # one site is written while the next one's logits are searched for
+        vocabulary = Vocabulary.of(self.model, self.n_latents)
+        # one site is written while the next one's evidence is gathered
         with ThreadPoolExecutor(max_workers=1) as writer:
-            for site, dictionary in self.dictionaries.items():
-                logits = None
-                if _speaks(dictionary, site, self.model):
-                    logits = top_logits(self.model, dictionary.W_dec, count=LOGITS, vocabulary=vocabulary)
+            for site in self.dictionaries:
+                work = (
+                    None if self._is_written(site, checksum) else self._make(site, rows, checksum, vocabulary)
+                )
                 wait(writing)
-                writing = writer.submit(self._write_site, site, folders[site], corpus, logits)
+                writing = writer.submit(self._write_site, site, work)
             wait(writing)
-        return folders
+        self._write_tokens(rows)
+        self._parts.remove()
+        return {site: self.out / site for site in self.dictionaries}
 
-    def _write_site(self, site: str, folder: Path, corpus: str, logits: tuple[Tensor, Tensor] | None) -> int:
-        """Writes a site and gives its memory back; returns how many latents it has."""
-        dictionary, found = self.dictionaries[site], self._found.pop(site)
-        manifest = _manifest(self.model.name, dictionary.cfg, site, corpus, found, spoken=logits is not None)
-        threshold = dictionary.firing_threshold
-        write_site(
-            folder,
-            found,
-            threshold=None if threshold is None else threshold.detach().float().cpu().numpy(),
-            logit_tokens=None if logits is None else logits[0].numpy(),
-            logits=None if logits is None else logits[1].numpy().astype(np.float32),
-            token_strings=self._token_strings,
-            manifest=manifest,
+    def _make(self, site: str, rows: TextRows, checksum: str, vocabulary: Vocabulary) -> dict[str, Any]:
+        """What `storage.write_site` takes."""
+        dictionary = self.dictionaries[site]
+        found = gather_evidence(
+            self._parts.lists(site), rows, lowest=lowest_activation(dictionary), examples=self._examples
         )
-        return dictionary.cfg.d_sae
+        tables, facts = make_tables(self.model, self.dictionaries, site, found, vocabulary)
+        cfg, states = dictionary.cfg, found.latents["state"]
+        manifest = {
+            **self._identity(site, checksum),
+            "site_in": cfg.site_in or site,
+            "site_out": cfg.site_out or site,
+            "d_sae": cfg.d_sae,
+            "corpus": self._text.get("corpus") or cfg.corpus,
+            "tokens": len(rows),
+            "histogram": {"bins_per_octave": BINS_PER_OCTAVE, "lowest_edge": float(histogram_edges()[0])},
+            "dense_above": DENSE,
+            "states": {state: int((states == state).sum()) for state in ("live", "silent", "dense")},
+            **facts,
+        }
+        return {"firings": found.firings, "tables": tables, "manifest": manifest}
 
-    def _token_strings(self, ids: Sequence[int]) -> list[str]:
-        """As the model's, but each token is decoded once for all sites."""
-        new = [token for token in ids if token not in self._texts]
-        self._texts.update(zip(new, self.model.token_strings(new), strict=True))
-        return [self._texts[token] for token in ids]
+    def _identity(self, site: str, checksum: str) -> dict[str, Any]:
+        """What decides all that a site's index says."""
+        return {
+            "model": self.model.name,
+            "site": site,
+            "dictionary": self._digests[site],
+            "texts": checksum,
+            "examples": self._examples,
+            "versions": {
+                "jumpscope": _version("jumpscope"),
+                "torch": torch.__version__,
+                "pyarrow": pa.__version__,
+            },
+        }
+
+    def _is_written(self, site: str, checksum: str) -> bool:
+        """Whether the build that this one goes on with has come past this site."""
+        if not self._resume:
+            return False
+        try:
+            manifest = storage.read_manifest(self.out / site, finished=False)
+        except UserError:
+            return False
+        return self._identity(site, checksum).items() <= manifest.items()
+
+    def _write_site(self, site: str, work: dict[str, Any] | None) -> int:
+        """Writes a site; returns how many latents it has."""
+        if work is not None:
+            storage.write_site(self.out / site, **work)
+        return self.dictionaries[site].cfg.d_sae
+
+    def _write_tokens(self, rows: TextRows) -> None:
+        """The text of all tokens that the index names, those of sites from an earlier build too."""
+        ids = [np.unique(rows.texts.tokens)]
+        for path in self.out.glob(f"*/{LATENTS}"):
+            named = storage.read_rows(path, columns=["top_tokens", "bottom_tokens"])
+            ids += [column.combine_chunks().flatten().to_numpy() for column in named.columns]
+        every = np.unique(np.concatenate(ids)).tolist()
+        storage.write_tokens(self.out, dict(zip(every, self.model.token_strings(every), strict=True)))
+
+    def _check_others(self) -> None:
+        """Raises UserError when sites that are not indexed now are of another text."""
+        path = self.out / storage.TEXTS / storage.MANIFEST
+        sites = {path.parent.name for path in self.out.glob(f"*/{storage.MANIFEST}")} - {storage.TEXTS}
+        others = sorted(sites - self.dictionaries.keys())
+        if not others or not path.is_file():
+            return
+        if read_json(path).get("text") != json.loads(json.dumps(self._text)):
+            raise UserError(
+                "an index must be of one text for all its sites",
+                f"{self.out} has {', '.join(others)} on another text",
+                "index all sites again, or give --out another folder",
+            )
 
 
 def _check_fits(dictionary: Dictionary, x: Tensor) -> None:
@@ -190,34 +269,13 @@ def _check_fits(dictionary: Dictionary, x: Tensor) -> None:
         )
 
 
-def _speaks(dictionary: Dictionary, site: str, model: IndexModel) -> bool:
-    """Whether it writes to the residual stream, which the unembedding reads."""
-    cfg = dictionary.cfg
-    return (cfg.site_out or site).endswith(_RESIDUAL_KINDS) and cfg.d_out == model.W_U.shape[0]
-
-
-def _manifest(
-    model: str, cfg: DictionaryConfig, site: str, corpus: str, found: SiteAccumulator, *, spoken: bool
-) -> dict[str, Any]:
-    return {
-        "model": model,
-        "site": site,
-        "site_in": cfg.site_in or site,
-        "site_out": cfg.site_out or site,
-        "d_sae": cfg.d_sae,
-        "corpus": corpus or cfg.corpus,
-        "tokens": found.tokens_seen,
-        "examples": found.examples,
-        "context_tokens": found.context_tokens,
-        "histogram": {"bins_per_octave": BINS_PER_OCTAVE, "lowest_edge": float(histogram_edges()[0])},
-        "logits": LOGITS if spoken else 0,
-        "silent": int((found.firings == 0).sum()),
-        "versions": {
-            "jumpscope": _version("jumpscope"),
-            "torch": torch.__version__,
-            "pyarrow": pyarrow.__version__,
-        },
-    }
+def _digest(dictionary: Dictionary) -> str:
+    """A checksum of a dictionary's config and weights."""
+    digest = hashlib.sha256(json.dumps(dictionary.cfg.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(dictionary.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str:

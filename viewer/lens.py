@@ -1,10 +1,11 @@
 """Which tokens a decoder direction speaks for, read straight through final norm and unembedding."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Int8
+from jaxtyping import Bool, Float, Float64, Int, Int8
 from torch import Tensor
 
 from activations.int8 import HasUnembedding, Int8Vocabulary, int8_is_fast, int8_products, mean_column
@@ -19,6 +20,60 @@ _MIN_DIRECTIONS = 4096
 _INT8_CANDIDATES = 4
 # a tile of products that a core's cache holds, and the product is still busy
 _INT8_TILE_ROWS, _INT8_TILE_COLUMNS = 512, 4096
+# columns of the vocabulary multiplied into its covariance at once, in fp32
+_GRAM_COLUMNS = 16384
+_BINS, _BINS_PER_STD = 41, 2
+# the histogram counts every nth span of tokens, n such that this many are counted at least: the shape of the
+# distribution, at a quarter of the price where the vocabulary has 262,144
+_SPAN, _COUNTED = 128, 65536
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class TokenLogits:
+    """What some directions do to the logits of all tokens, per unit of activation (`top_logits`)."""
+
+    ids: Int[np.ndarray, "latent two_count"]
+    """The `count` tokens raised most, best first, then the `count` lowered most, lowest first."""
+    logits: Float[np.ndarray, "latent two_count"]
+    """Theirs, in fp32, centred over the vocabulary."""
+    mean: Float[np.ndarray, " latent"]
+    """What centring took away: the mean over all tokens. No softmax sees it."""
+    std: Float[np.ndarray, " latent"]
+    """Standard deviation over all tokens."""
+    skew: Float[np.ndarray, " latent"]
+    """Third central moment over std^3, over all tokens; 0 where std is. Far above 0: speaks for a few."""
+    histogram: Int[np.ndarray, "latent bin"]
+    """Tokens between each two of `logit_histogram_edges`, in spans of tokens spread evenly over the ids."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Vocabulary:
+    """What is asked of an unembedding for every direction, worked out once."""
+
+    mean: Float[Tensor, " d_model"]
+    covariance: Float64[Tensor, "d_model d_model"]
+    """Over the tokens."""
+    int8: Int8Vocabulary | None
+    """What makes a search for many directions fast; None where it would not."""
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: HasUnembedding, n_directions: int = 0) -> "Vocabulary":
+        """For about so many directions."""
+        unembed = model.W_U
+        many = n_directions >= _MIN_DIRECTIONS and unembed.shape[1] >= _VOCAB_CHUNK
+        int8 = Int8Vocabulary.of(model) if many and int8_is_fast(unembed.device) else None
+        mean = mean_column(unembed) if int8 is None else int8.mean
+        gram = torch.zeros(len(unembed), len(unembed), dtype=torch.float64, device=unembed.device)
+        for part in unembed.split(_GRAM_COLUMNS, dim=1):
+            columns = part.float()
+            gram += columns @ columns.T
+        return cls(mean=mean, covariance=gram / unembed.shape[1] - torch.outer(mean, mean), int8=int8)
+
+
+def logit_histogram_edges() -> Float[np.ndarray, "edge"]:
+    """The 42 edges of the histograms, in standard deviations; the end bins also hold what lies beyond."""
+    return (np.arange(_BINS + 1) - _BINS / 2) / _BINS_PER_STD
 
 
 def linear_part(
@@ -42,54 +97,97 @@ def linear_part(
     return gamma * (direction - direction.mean(-1, keepdim=True) if centred else direction)
 
 
-def search_vocabulary(model: HasUnembedding, n_directions: int) -> Int8Vocabulary | None:
-    """What makes `top_logits` fast for so many directions; None where it would not."""
-    if n_directions < _MIN_DIRECTIONS or model.W_U.shape[1] < _VOCAB_CHUNK:
-        return None
-    return Int8Vocabulary.of(model) if int8_is_fast(model.W_U.device) else None
-
-
 @torch.inference_mode()
 def top_logits(
     model: HasUnembedding,
     directions: Float[Tensor, "latent d_model"],
     *,
     count: int = 10,
-    vocabulary: Int8Vocabulary | None = None,
-) -> tuple[Int[Tensor, "latent two_count"], Float[Tensor, "latent two_count"]]:
-    """The `count` tokens a direction raises most, best first, then the `count` it lowers most, lowest first.
+    vocabulary: Vocabulary | None = None,
+) -> TokenLogits:
+    """The `count` tokens that each direction raises and lowers most, and how all tokens' logits are spread.
 
         logit[v] = <gamma * (d - c mean(d)), W_U[:, v] - mean_v W_U[:, v]>
 
     with d a row of W_dec as it stands, gamma and c as in `linear_part`: the change in the logits, centred
     over the vocabulary, per unit of activation, for a residual whose root mean square is 1 and ignoring the
-    layers between and any soft cap. Products are searched in W_U's own dtype, a chunk of the vocabulary at
-    a time; three times as many candidates as are wanted are then computed in fp32 and ranked by that. With a
-    `vocabulary` of `search_vocabulary` they are searched in 8-bit integers, for more candidates; a direction
-    whose last candidate comes near the tokens found, by the error seen in them, is searched again.
-    Returns token ids and fp32 logits.
+    layers between and any soft cap. Mean and standard deviation follow from the vocabulary's own; skewness
+    and histogram are summed while searching. Products are searched in W_U's own dtype, a chunk of the
+    vocabulary at a time; three times as many candidates as are wanted are then computed in fp32 and ranked
+    by that. With a `vocabulary` made for many directions they are searched in 8-bit integers, for more
+    candidates; a direction whose last candidate comes near the tokens found, by the error seen in them, is
+    searched again.
     """
     unembed = model.W_U
     count = min(count, unembed.shape[1] // 2)
+    vocabulary = vocabulary or Vocabulary.of(model)
     read = linear_part(model.final_norm, directions.to(unembed.device).float(), unembed.dtype)
-    if vocabulary is None:
-        ids, logits = _top(read, unembed, mean_column(unembed), count)
+    std = ((read.double() @ vocabulary.covariance) * read).sum(1).clamp(min=0).sqrt()
+    spread = _Spread.empty(torch.where(std > 0, 1 / std, 0).float(), unembed.shape[1])
+    if vocabulary.int8 is None:
+        ids, logits = _top(read, unembed, vocabulary.mean, count, spread)
     else:
-        ids, logits, doubtful = _top_by_int8(read, unembed, vocabulary, count)
+        ids, logits, doubtful = _top_by_int8(read, unembed, vocabulary.int8, count, spread)
         if doubtful.any():
             ids[doubtful], logits[doubtful] = _top(read[doubtful], unembed, vocabulary.mean, count)
-    return ids.cpu().to(torch.int32), logits.cpu()
+    return TokenLogits(
+        ids=ids.to(torch.int32).cpu().numpy(),
+        logits=logits.cpu().numpy(),
+        mean=(read @ vocabulary.mean).cpu().numpy(),
+        std=std.float().cpu().numpy(),
+        skew=(spread.cubes / unembed.shape[1]).float().cpu().numpy(),
+        histogram=spread.histogram.cpu().numpy(),
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Spread:
+    """How logits are spread, summed up tile by tile, in standard deviations."""
+
+    per_std: Float[Tensor, " latent"]
+    """1 / std; 0 where that is 0."""
+    stride: int
+    """One of so many spans of tokens goes into the histogram."""
+    cubes: Float64[Tensor, " latent"]
+    histogram: Int[Tensor, "latent bin"]
+
+    @classmethod
+    def empty(cls, per_std: Float[Tensor, " latent"], d_vocab: int) -> "_Spread":
+        histogram = torch.zeros(len(per_std), _BINS, dtype=torch.int32, device=per_std.device)
+        return cls(per_std, max(1, d_vocab // _COUNTED), torch.zeros_like(per_std).double(), histogram)
+
+    def add(self, rows: slice, logits: Float[Tensor, "latent column"], first: int) -> None:
+        """Takes in centred logits of the tokens from `first`, which begins a span."""
+        z = logits.float() * self.per_std[rows, None]
+        self.cubes[rows] += (z * z * z).sum(1, dtype=torch.float64)
+        spans = torch.arange(first, first + z.shape[1], device=z.device) // _SPAN
+        z = z[:, spans % self.stride == 0]
+        bins = (z * _BINS_PER_STD + _BINS / 2).clamp_(0, _BINS - 1).long()
+        ones = torch.ones(1, dtype=torch.int32, device=z.device).expand(bins.shape)
+        self.histogram[rows] = self.histogram[rows].scatter_add(1, bins, ones)
 
 
 def _top(
-    read: Float[Tensor, "latent d_model"], unembed: Tensor, mean: Tensor, count: int
+    read: Float[Tensor, "latent d_model"],
+    unembed: Tensor,
+    mean: Tensor,
+    count: int,
+    spread: _Spread | None = None,
 ) -> tuple[Int[Tensor, "latent two_count"], Float[Tensor, "latent two_count"]]:
     """Ids and centred logits by a search in the vocabulary's own dtype; `mean` is its mean column."""
     found = []
-    for rows in read.split(_LATENT_CHUNK):
+    for start in range(0, len(read), _LATENT_CHUNK):
+        part = slice(start, start + _LATENT_CHUNK)
+        rows = read[part]
+        offset = (rows @ mean)[:, None]
+
+        def watch(chunk: Tensor, first: int, part: slice = part, offset: Tensor = offset) -> None:
+            if spread is not None:
+                spread.add(part, chunk - offset, first)
+
         sides = [
             _ranked(ids, _exact(rows, unembed, mean, ids), sign, count)
-            for sign, ids in _search(rows, unembed, 3 * count)
+            for sign, ids in _search(rows, unembed, 3 * count, watch)
         ]
         found.append([torch.cat([side[n] for side in sides], 1) for n in range(2)])
     return torch.cat([part[0] for part in found]), torch.cat([part[1] for part in found])
@@ -100,11 +198,14 @@ def _top_by_int8(
     unembed: Tensor,
     vocabulary: Int8Vocabulary,
     count: int,
+    spread: _Spread,
 ) -> tuple[Int[Tensor, "latent two_count"], Float[Tensor, "latent two_count"], Bool[Tensor, " latent"]]:
     """The same, and the directions for which this search may have missed a token."""
     # what the mean column adds to every token's logit is what centring takes away
     left, scale, _ = vocabulary.left(read)
-    scores, ids = _search_int8(left, vocabulary, _INT8_CANDIDATES * count)
+    per_std = scale * spread.per_std
+    scores, ids = _search_int8(left, vocabulary, _INT8_CANDIDATES * count, per_std, spread)
+    spread.cubes.mul_(per_std.double() ** 3)
     sides, doubtful = [], torch.zeros(len(read), dtype=torch.bool)
     for side, sign in enumerate((1, -1)):
         exact = _exact(read, unembed, vocabulary.mean, ids[:, side])
@@ -119,13 +220,22 @@ def _top_by_int8(
 
 
 def _search_int8(
-    left: Int8[Tensor, "latent d_model"], vocabulary: Int8Vocabulary, count: int
+    left: Int8[Tensor, "latent d_model"],
+    vocabulary: Int8Vocabulary,
+    count: int,
+    per_std: Float[Tensor, " latent"],
+    spread: _Spread,
 ) -> tuple[Float[Tensor, "latent 2 count"], Int[Tensor, "latent 2 count"]]:
-    """The `count` largest integer products with the vocabulary, times its scale, and the largest negated."""
-    from viewer.loops import keep_extremes  # late: numba takes a second to import
+    """The `count` largest integer products with the vocabulary, times its scale, and the largest negated.
+
+    `per_std` makes such a product standard deviations; the cubes put into `spread` lack it.
+    """
+    from viewer.loops import count_spread, keep_extremes  # late: numba takes a second to import
 
     scores = torch.full((len(left), 2, count), -torch.inf)
     ids = torch.zeros(scores.shape, dtype=torch.int64)
+    cubes, histogram = spread.cubes.numpy(), spread.histogram.numpy()
+    per_bin = (per_std * _BINS_PER_STD).numpy()
 
     def search(start: int) -> None:
         part = slice(start, start + _INT8_TILE_ROWS)
@@ -134,19 +244,28 @@ def _search_int8(
         for first in range(0, len(vocabulary.rows), _INT8_TILE_COLUMNS):
             span = slice(first, first + _INT8_TILE_COLUMNS)
             size = vocabulary.scale[span].numpy()
-            products = int8_products(left[part], vocabulary.rows[span], held)
-            keep_extremes(products.numpy(), size, first, values, places, np.empty_like(size))
+            products = int8_products(left[part], vocabulary.rows[span], held).numpy()
+            keep_extremes(products, size, first, values, places, np.empty_like(size))
+            counted = (-(first // _SPAN)) % spread.stride * _SPAN
+            where = (counted, spread.stride * _SPAN, _SPAN)
+            count_spread(products, size, *where, per_bin[part], cubes[part], histogram[part])
 
     workers_for(torch.get_num_threads()).run(search, range(0, len(left), _INT8_TILE_ROWS))
     return scores, ids
 
 
-def _search(read: Tensor, unembed: Tensor, count: int) -> list[tuple[int, Int[Tensor, "latent count"]]]:
-    """Ids of about the `count` largest (sign 1) and smallest (sign -1) logits of each row."""
+def _search(
+    read: Tensor, unembed: Tensor, count: int, watch: Callable[[Tensor, int], None]
+) -> list[tuple[int, Int[Tensor, "latent count"]]]:
+    """Ids of about the `count` largest (sign 1) and smallest (sign -1) logits of each row.
+
+    `watch` is shown every chunk of logits and its first token.
+    """
     low = read.to(unembed.dtype)
     best: dict[int, tuple[Tensor, Tensor] | None] = {1: None, -1: None}
     for start in range(0, unembed.shape[1], _VOCAB_CHUNK):
         chunk = low @ unembed[:, start : start + _VOCAB_CHUNK]
+        watch(chunk, start)
         for sign, held in best.items():
             values, ids = _top_of_chunk(chunk, count, sign)
             ids += start

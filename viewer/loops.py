@@ -1,4 +1,4 @@
-"""The loops of the feature index, compiled by numba: counts, windows, and the search for extreme logits."""
+"""The loops of the search for extreme logits, compiled by numba."""
 
 import numpy as np
 
@@ -34,6 +34,52 @@ def keep_extremes(products, scale, first, values, ids, room):
 
 
 @compiled
+def keep_largest(products, scale, first, values, ids, room):
+    """As `keep_extremes`, for the largest scores alone: `values` float32 and `ids` int64 are [row, count]."""
+    last = values.shape[1] - 1
+    for r in range(products.shape[0]):
+        row = products[r]
+        for c in range(len(room)):
+            room[c] = np.float32(row[c]) * scale[c]
+        for start in range(0, len(room), _SPAN):
+            span = room[start : start + _SPAN]
+            if span.max() <= values[r, last]:
+                continue
+            for c in range(len(span)):
+                if span[c] > values[r, last]:
+                    _insert(values[r], ids[r], span[c], first + start + c)
+
+
+@compiled
+def multiply_at(left, right, places, products):
+    """`products[r, c]` is that of row r of `left` and row `places[r, c]` of `right`, summed in fp32."""
+    for r in range(places.shape[0]):
+        for c in range(places.shape[1]):
+            other = right[places[r, c]]
+            total = np.float32(0)
+            for d in range(len(other)):
+                total += left[r, d] * other[d]
+            products[r, c] = total
+
+
+@compiled
+def count_common(starts, row, pairs, common):
+    """How many rows both latents of each pair fire on; `row` rises within a latent."""
+    for p in range(len(pairs)):
+        i, end = starts[pairs[p, 0]], starts[pairs[p, 0] + 1]
+        j, other_end = starts[pairs[p, 1]], starts[pairs[p, 1] + 1]
+        while i < end and j < other_end:
+            if row[i] == row[j]:
+                common[p] += 1
+                i += 1
+                j += 1
+            elif row[i] < row[j]:
+                i += 1
+            else:
+                j += 1
+
+
+@compiled
 def _any_beyond(span, above, below):
     """Whether any of _SPAN values may be larger than `above` or smaller than `below`."""
     if np.isinf(above) or np.isinf(below):
@@ -57,48 +103,37 @@ def _insert(values, ids, value, place):
 
 
 @compiled
-def count_firings(latent, activation, bins, firings, total, maximum, histogram):
-    """Adds firings, one an element, to each latent's number, sum, maximum and histogram."""
-    for i in range(len(latent)):
-        j = latent[i]
-        firings[j] += 1
-        total[j] += activation[i]
-        maximum[j] = max(maximum[j], activation[i])
-        histogram[j, bins[i]] += 1
+def count_spread(products, scale, counted, step, span, per_bin, cubes, histogram):
+    """Adds a tile of scores to how each row's are spread.
 
-
-@compiled
-def copy_windows(
-    places, latents, slots, tokens, document, row, starts, latent, activation, window_tokens, window_values
-):
-    """Copies the tokens around each place, and what its latent has on them, into the latent's slot.
-
-    `places` count through `tokens`, `document` and `row` [block, pos]; a row of the lists (`starts`, `latent`
-    rising, `activation`) belongs to each position kept, and -1 to the others. `window_tokens` is -1 where the
-    document or the block ends.
+    With score[r, c] = products[r, c] * scale[c], `cubes` float64 [row] takes the sum of all cubes, and
+    `histogram` int32 [row, bin] counts the scores of `span` columns from `counted` and from every `step`
+    columns on: score * per_bin[r] is in bins, with 0 in the middle of the middle one.
     """
-    context = tokens.shape[1]
-    reach = window_tokens.shape[2] // 2
-    for n in range(len(places)):
-        block, at = places[n] // context, places[n] % context
-        j, slot = latents[n], slots[n]
-        for k in range(2 * reach + 1):
-            near = at + k - reach
-            window_tokens[j, slot, k] = -1
-            window_values[j, slot, k] = 0
-            if near < 0 or near >= context or row[block, near] < 0:
-                continue
-            if document[block, near] != document[block, at]:
-                continue
-            window_tokens[j, slot, k] = tokens[block, near]
-            r = row[block, near]
-            low, end = starts[r], starts[r + 1]
-            high = end
-            while low < high:
-                middle = (low + high) // 2
-                if latent[middle] < j:
-                    low = middle + 1
-                else:
-                    high = middle
-            if low < end and latent[low] == j:
-                window_values[j, slot, k] = activation[low]
+    n_bins = histogram.shape[1]
+    middle, last = np.float32(n_bins) / np.float32(2), np.int32(n_bins - 1)
+    # the count just added to is slow to add to again: eight tables take turns
+    tables = np.empty((8, n_bins), np.int32)
+    bins = np.empty(span, np.uint8)
+    for r in range(products.shape[0]):
+        row = products[r]
+        total = np.float32(0)
+        for c in range(len(row)):
+            score = np.float32(row[c]) * scale[c]
+            total += score * score * score
+        cubes[r] += np.float64(total)
+        tables[:] = 0
+        factor = per_bin[r]
+        for start in range(counted, len(row), step):
+            size = min(span, len(row) - start)
+            for c in range(size):
+                place = np.float32(row[start + c]) * scale[start + c] * factor + middle
+                bins[c] = np.uint8(min(max(np.int32(place), np.int32(0)), last))
+            for c in range(0, size - size % 8, 8):
+                for k in range(8):
+                    tables[k, bins[c + k]] += 1
+            for c in range(size - size % 8, size):
+                tables[0, bins[c]] += 1
+        for k in range(8):
+            for b in range(n_bins):
+                histogram[r, b] += tables[k, b]

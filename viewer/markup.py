@@ -4,6 +4,7 @@
 would stand in front of the standard library's.)
 """
 
+import functools
 import html
 import math
 import unicodedata
@@ -32,6 +33,10 @@ rgba(128,128,128,.25);overflow-wrap:anywhere} .js-ex p{margin:0;line-height:1.85
 ol{list-style:none;margin:0;padding:0} .js-logits
 li{display:flex;justify-content:space-between;gap:.75rem;padding:.12rem .4rem;margin:0 0 2px;
   border-radius:3px;font-size:.9rem;font-variant-numeric:tabular-nums}
+.js-wide ol{columns:11rem;column-gap:1.5rem}
+.js-label{font-size:1.15rem;margin:.2rem 0;overflow-wrap:anywhere}
+.js-label small{font-size:.75rem;opacity:.75} .js-card details{margin:.4rem 0} .js-card
+summary{cursor:pointer;font-size:.85rem;opacity:.85}
 .js-logits .js-t{overflow:hidden;text-overflow:ellipsis;white-space:pre}
 .js-note{font-size:.8rem;opacity:.75;margin:.75rem 0 0} .js-scroll{overflow-x:auto}
 .js-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem;white-space:nowrap}
@@ -61,6 +66,11 @@ def readable(token: str, *, alone: bool = True) -> str:
         tail = len(shown) - head - len(inner)
         shown = "·" * head + inner + "·" * tail
     return shown
+
+
+def readable_text(text: str) -> str:
+    """Text that a person or a rule wrote, with what cannot be seen shown as in `readable`, at any length."""
+    return "".join(c if c == "\n" else _character(c) for c in text)
 
 
 def number(value: float | int, figures: int = 3) -> str:
@@ -105,7 +115,7 @@ def example_html(tokens: Sequence[str], values: Sequence[float], peak: int, top:
         if value <= 0:
             token = token.removeprefix(" ") if index == 0 else token
             # a single space between two words is seen as it is
-            parts.append(" " if token == " " else token_html(token, alone=False) if token else "")
+            parts.append(" " if token == " " else _quiet_html(token) if token else "")
             continue
         depth = 0.08 + 0.52 * min(1.0, value / top if top > 0 else 1.0)
         classes = "js-on js-peak" if index == peak else "js-on"
@@ -127,9 +137,10 @@ def examples_html(examples: Any, top: float) -> str:
     if not len(examples):
         return '<p class="js-h">No examples: it never fired on the indexed text.</p>'
     rows = []
-    for row in examples.itertuples():
-        where = f"<small>document {row.document}, token {row.position}</small>"
-        rows.append(f'<div class="js-ex">{example_html(row.tokens, row.values, row.peak, top)}{where}</div>')
+    columns = (examples[name] for name in ("document", "position", "tokens", "values", "peak"))
+    for document, position, tokens, values, peak in zip(*columns, strict=True):
+        where = f"<small>document {document}, token {position}</small>"
+        rows.append(f'<div class="js-ex">{example_html(tokens, values, peak, top)}{where}</div>')
     return "".join(rows)
 
 
@@ -141,14 +152,32 @@ def logits_html(logits: Any) -> str:
     lists = []
     for side, heading, colour in (("top", "Raises", "20,150,130"), ("bottom", "Lowers", "150,90,200")):
         items = []
-        for row in logits[logits["side"] == side].itertuples():
-            share = 100 * abs(row.logit) / largest
+        here = logits[logits["side"] == side]
+        for token, logit in zip(here["token"], here["logit"], strict=True):
+            share = 100 * abs(logit) / largest
             bar = (
                 f"background:linear-gradient(90deg,rgba({colour},.24) {share:.0f}%,transparent {share:.0f}%)"
             )
-            items.append(f'<li style="{bar}">{token_html(row.token)}<span>{row.logit:+.2f}</span></li>')
+            items.append(f'<li style="{bar}">{token_html(token)}<span>{logit:+.2f}</span></li>')
         lists.append(f'<div><div class="js-h">{heading}</div><ol>{"".join(items)}</ol></div>')
     return f'<div class="js-logits">{"".join(lists)}</div>'
+
+
+def drivers_html(drivers: Any) -> str:
+    """The tokens that a feature fires on (the DataFrame of `Feature.drivers`), with bars."""
+    if not len(drivers):
+        return ""
+    items = []
+    for row in drivers.to_dict("records"):
+        share = f"{100 * row['share']:.0f}%"
+        bar = f"background:linear-gradient(90deg,rgba(245,145,20,.26) {share},transparent {share})"
+        hover = f"{row['count']} firings, mean {number(row['mean'])}, {number(row['lift'])} times chance"
+        text = f"{token_html(row['token'])}<span>{percent(row['share'])}</span>"
+        items.append(f'<li style="{bar}" title="{hover}">{text}</li>')
+    return (
+        '<div class="js-h">Fires on, by share of its activation</div>'
+        f'<div class="js-logits js-wide"><ol>{"".join(items)}</ol></div>'
+    )
 
 
 def facts_html(facts: Sequence[tuple[str, str]]) -> str:
@@ -190,6 +219,12 @@ def histogram_svg(histogram: Any) -> str:
         f'<svg viewBox="0 0 {width} {tall}" width="{width}" height="{tall}" role="img" aria-label="{label}" '
         f'fill="rgb(210,120,20)">{bars}</svg><div><small>{low} to {high}, log scale</small></div>'
     )
+
+
+@functools.lru_cache(maxsize=16384)
+def _quiet_html(token: str) -> str:
+    """A token of running text on which nothing fires. Most tokens of most pages are among a few thousand."""
+    return token_html(token, alone=False)
 
 
 def _character(character: str) -> str:

@@ -8,8 +8,7 @@ import streamlit as st
 
 from sae.errors import UserError
 from train.run_folder import EVAL, RUN
-from viewer import features, markup
-from viewer.storage import MANIFEST
+from viewer import markup, runs
 
 
 def run_path() -> Path:
@@ -17,7 +16,7 @@ def run_path() -> Path:
     return Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 
 
-def render(show: Callable[[features.Run], None]) -> None:
+def render(show: Callable[[runs.Run], None]) -> None:
     """Draws a page of the run; whatever the user can put right becomes a message in the page's place."""
     st.html(markup.STYLE)
     try:
@@ -31,27 +30,11 @@ def plain(text: str) -> str:
     return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|~<>$:&" else c for c in text)
 
 
-def site_index(run: features.Run, site: str) -> features.Site:
-    """A site's index, kept between reruns until its manifest changes."""
-    manifest = run.folder.index_dir(site) / MANIFEST
-    return _site(str(manifest), manifest.stat().st_mtime_ns if manifest.is_file() else 0, site)
-
-
-def indexed(run: features.Run) -> list[str]:
-    """The sites that have an index, in layer order."""
-    return [site for site in run.sites if (run.folder.index_dir(site) / MANIFEST).is_file()]
-
-
-def _open(path: Path) -> features.Run:
+def _open(path: Path) -> runs.Run:
     stamp = tuple((path / name).stat().st_mtime_ns if (path / name).is_file() else 0 for name in (RUN, EVAL))
     return _run(str(path), stamp)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
-def _run(path: str, stamp: tuple[int, ...]) -> features.Run:
-    return features.open(path)
-
-
-@st.cache_resource(max_entries=64, show_spinner=False)
-def _site(manifest: str, stamp: int, name: str) -> features.Site:
-    return features.Site(Path(manifest).parent, name)
+def _run(path: str, stamp: tuple[int, ...]) -> runs.Run:
+    return runs.open(path)

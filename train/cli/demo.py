@@ -51,17 +51,20 @@ def _make(options: DemoOptions, out: Path) -> "LanguageModel":
 
 def _finish(options: DemoOptions, folder: RunFolder, model: "LanguageModel | None") -> None:
     """Evaluates and indexes what has not been, and prints the table."""
+    from viewer.storage import is_whole  # late: it imports torch and pyarrow
+
     path = str(folder.path)
     measured = set(folder.eval_table()) >= set(folder.sites())
-    indexed = all(folder.index_dir(site).is_dir() for site in folder.sites())
+    indexed = all(is_whole(folder.index_dir(site)) for site in folder.sites())
     if not (measured and indexed):
-        from train.cli import work
+        from train.cli import indexing, work
 
         loaded = work.load_run(folder.path, dtype=options.dtype, device=options.device, model=model)
         tokens = options.held_out_tokens
         measuring = EvalOptions(run=path, tokens=tokens, loss_tokens=options.loss_tokens)
         if measured:
-            work.build(loaded, IndexOptions(run=path, tokens=tokens))
+            indexing_options = IndexOptions(sources=(path,), tokens=tokens)
+            indexing.build(indexing.of_run(loaded, indexing_options), indexing_options.examples)
         else:
             work.measure(loaded, measuring, index=not indexed)
     metrics = folder.eval_table()

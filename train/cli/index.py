@@ -1,22 +1,32 @@
 """`jumpscope index RUN`."""
 
+from pathlib import Path
+
 from train.cli.console import say
 from train.cli.options import IndexOptions
 from train.cli.parsing import parse
-from train.run_folder import RunFolder
+from train.run_folder import RUN, RunFolder
 
 
 def run(argv: list[str]) -> None:
-    """Builds the index of a run."""
+    """Builds the index of a run or of dictionaries."""
     examples = [
         "index runs/gemma",
-        "index runs/gemma --tokens 1M --layers 9",
-        "index runs/gemma --corpus sotu",
+        "index runs/gemma --tokens 1M --corpus sotu --out indexes/sotu",
+        "index dictionaries/l5 dictionaries/l9 --model gemma-3-270m --out indexes/two",
     ]
     options = parse(IndexOptions, argv, verb="index", examples=examples)
-    RunFolder.open(options.run)
-    from train.cli import work  # late: a mistake above should not wait for transformers
+    first = Path(options.sources[0])
+    if first.is_dir() and not any(first.glob("*.*")):
+        RunFolder.open(first)  # an empty folder is most likely meant to be a run
+    from train.cli import indexing  # late: a mistake above should not wait for transformers
 
-    loaded = work.load_run(options.run, layers=options.layers, dtype=options.dtype, device=options.device)
-    work.build(loaded, options)
-    say(f"Indexed {len(loaded.dictionaries)} sites of {options.run}. Next: jumpscope view {options.run}")
+    folders = indexing.build(indexing.open_sources(options), options.examples)
+    root = next(iter(folders.values())).parent
+    run_given = len(options.sources) == 1 and (first / RUN).is_file() and not options.out
+    sites = f"{len(folders)} site{'s' * (len(folders) != 1)}"
+    say(f"Indexed {sites} into {root}. Next: {_next(str(first), root, run_given)}")
+
+
+def _next(source: str, root: Path, run_given: bool) -> str:
+    return f"jumpscope view {source}" if run_given else f'python: viewer.open("{root}")'

@@ -111,8 +111,10 @@ def _machine() -> None:
 
 
 def _run(folder: RunFolder) -> None:
+    from viewer.storage import is_whole  # late: it imports torch and pyarrow
+
     record = folder.record()
-    indexed = [site for site in folder.sites() if folder.index_dir(site).is_dir()]
+    indexed = [site for site in folder.sites() if is_whole(folder.index_dir(site))]
     _pairs(
         {
             "run": str(folder.path),

@@ -45,21 +45,30 @@ class EvalOptions:
 class IndexOptions:
     """Collect what makes each latent fire on held-out text, for the viewer and for notebooks.
 
-    One pass over the text serves all layers. For each latent: how often it fires, a histogram of its
-    activations, the documents in which it fires hardest with their context, and the tokens it speaks for
-    and against.
+    One pass over the text serves all layers and keeps every firing. For each latent: how often it fires, a
+    histogram of its activations, examples with their context, the tokens that drive it, what fires with it,
+    and the tokens it speaks for and against. Takes a run, or dictionaries of any format that `jumpscope
+    import` reads, each at a site of its own. The same command goes on with an index that was cut off.
     """
 
-    run: RunPath
-    """The run folder."""
+    sources: Annotated[
+        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN | DICTIONARY [DICTIONARY ...]")
+    ]
+    """A run folder, or folders, files or ids of dictionaries."""
     tokens: Count = 50_000
     """Held-out tokens to read. More find better examples of rare latents."""
     examples: Count = 20
-    """Examples to keep for each latent, at most one a document."""
+    """Examples to keep of the highest activations of each latent, at most one a document and block."""
     corpus: str = ""
-    """Other text to read; its held-out tenth is used. Empty: the run's own corpus."""
+    """Text to read; its held-out tenth is used. Empty: the run's own corpus; for dictionaries, wiki-leads."""
     layers: str = "all"
-    """Layers of the run to index: all, 9, 3-8, ::2."""
+    """Layers to index: all, 9, 3-8, ::2."""
+    model: str = ""
+    """The language model of dictionaries whose files do not say it in words that `jumpscope models` knows."""
+    context: Count = 0
+    """Tokens in a block, BOS included. 0: as in training, and 256 where that is unknown."""
+    out: str = ""
+    """The folder to write. Empty: index/ in the run, or in the folder of the one dictionary."""
     dtype: Dtype = "auto"
     """The model's dtype. auto: as in training."""
     device: str = "auto"

@@ -4,6 +4,7 @@ This module imports transformers, which takes seconds; the verbs import it only 
 and checked.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,15 +22,15 @@ from activations.store_writer import StoreFacts, write_store
 from sae import Dictionary, UserError
 from train.cli import plan
 from train.cli.console import note
-from train.cli.options import EvalOptions, HarvestOptions, IndexOptions
+from train.cli.options import EvalOptions, HarvestOptions
 from train.cli.progress import progress
 from train.config import TrainConfig
 from train.evals import evaluate
 from train.measure import measure_harvest
 from train.plan import missing_memory, plan_harvest
-from train.run_folder import RUN, RunFolder
+from train.run_folder import RUN, RunFolder, hold
 from train.trainer import train_run
-from viewer.index import IndexBuilder, build_index
+from viewer.index import IndexBuilder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,18 @@ class LoadedRun:
     def widths(self) -> dict[str, int]:
         """Sites and their d_in."""
         return {site: dictionary.cfg.d_in for site, dictionary in self.dictionaries.items()}
+
+    def text(self, tokens: int, corpus: str = "") -> dict[str, Any]:
+        """What decides which tokens `held_out` gives, in plain values."""
+        config = self.config
+        return {
+            "corpus": corpus or config.corpus,
+            "split": "held_out",
+            "context": config.context,
+            "model_batch": config.model_batch,
+            "seed": config.seed,
+            "tokens": tokens,
+        }
 
     def held_out(self, tokens: int, corpus: str = "") -> Iterator[TokenBlocks]:
         """Blocks of documents that training never saw, in the run's own context, up to `tokens` kept
@@ -207,8 +220,21 @@ def measure(loaded: LoadedRun, options: EvalOptions, *, index: bool = False) -> 
 
     With `index` the same pass over `options.tokens` tokens makes the feature index too.
     """
-    builder = IndexBuilder(loaded.model, loaded.dictionaries) if index else None
     wanted = max(options.tokens, options.loss_tokens, options.baseline_tokens)
+    root = loaded.folder.index_root
+    with hold(root, "indexing into") if index else contextlib.nullcontext():
+        text = loaded.text(wanted, options.corpus)
+        builder = IndexBuilder(loaded.model, loaded.dictionaries, root, text=text) if index else None
+        found = _measure(loaded, options, wanted, builder)
+        if builder:
+            with progress(unit="latents") as report:
+                builder.write(lambda done, total: report("feature index", done, total))
+    return found
+
+
+def _measure(
+    loaded: LoadedRun, options: EvalOptions, wanted: int, builder: IndexBuilder | None
+) -> dict[str, dict[str, Any]]:
     plan.tell_time(
         loaded.config,
         loaded.widths,
@@ -235,27 +261,4 @@ def measure(loaded: LoadedRun, options: EvalOptions, *, index: bool = False) -> 
     }
     merged = loaded.folder.eval_table() | found
     loaded.folder.write_eval({site: merged[site] for site in loaded.folder.sites() if site in merged})
-    if builder:
-        with progress(unit="latents") as report:
-            builder.write(
-                loaded.folder.index_dir,
-                corpus=corpus,
-                progress=lambda done, total: report("feature index", done, total),
-            )
     return found
-
-
-def build(loaded: LoadedRun, options: IndexOptions) -> None:
-    """Indexes the loaded dictionaries into the run folder."""
-    plan.tell_time(loaded.config, loaded.widths, loaded.model, index_tokens=options.tokens)
-    with progress(unit="steps") as report:
-        build_index(
-            loaded.model,
-            loaded.dictionaries,
-            loaded.held_out(options.tokens, options.corpus),
-            loaded.folder.index_dir,
-            examples=options.examples,
-            corpus=options.corpus or loaded.config.corpus,
-            tokens=options.tokens,
-            progress=lambda done, total: report("feature index from held-out text", done, total),
-        )

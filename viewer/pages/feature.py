@@ -7,21 +7,22 @@ import streamlit as st
 
 from activations.sites import site_label
 from sae.errors import UserError
-from viewer import charts, markup
-from viewer.features import Feature, Run, Site
-from viewer.shell import indexed, plain, render, site_index
+from viewer import cards, charts, markup
+from viewer.features import Feature, Site
+from viewer.runs import Run
+from viewer.shell import plain, render
 
 
 def show(run: Run) -> None:
     """The page."""
-    sites = indexed(run)
+    sites = run.indexed
     if not sites:
         raise UserError(
             "the run must have a feature index", f"none in {run.path}", "build one with `jumpscope index`"
         )
     wanted = st.query_params.get("site", st.session_state.get("last_site", sites[0]))
     name = wanted if wanted in sites else sites[0]
-    site = site_index(run, name)
+    site = run.site(name)
     live = site.live()
     latent = _latent(site, live)
     go(name, latent)
@@ -74,15 +75,15 @@ def controls(sites: list[str], site: Site, live: np.ndarray, latent: int) -> Non
 
 def show_feature(feature: Feature) -> None:
     """All that the index knows of it."""
-    st.header(plain(f"{site_label(feature.site.name)} · {feature.latent}"))
-    st.html(markup.facts_html(feature.facts()))
+    st.header(plain(feature.title()))
+    st.html(cards.label_html(feature) + markup.facts_html(feature.facts()))
     if not feature.firings:
         st.info(
             "This latent never fired on the indexed text. What it would say is below.", icon=":material/info:"
         )
     left, right = st.columns([2, 3], gap="large")
     with left:
-        st.html(markup.logits_html(feature.logits()))
+        st.html(markup.logits_html(feature.logits()) + markup.drivers_html(feature.drivers()))
         if feature.firings:
             st.html('<div class="js-h">Activations where it fires</div>')
             st.plotly_chart(
@@ -91,9 +92,10 @@ def show_feature(feature: Feature) -> None:
     with right:
         manifest = feature.site.manifest
         st.html(
-            markup.examples_html(feature.examples(), feature.max)
+            cards.examples_html(feature)
+            + cards.related_html(feature)
             + markup.note_html(
-                f"Best documents of {manifest['tokens']:,} tokens of {manifest['corpus']}, by best token."
+                f"From {manifest['tokens']:,} tokens of {manifest['corpus']}, a place of each document."
             )
         )
 

@@ -9,15 +9,15 @@ import streamlit as st
 from activations.sites import site_label
 from sae.numbers import format_count
 from viewer import charts, markup
-from viewer.features import Run
-from viewer.shell import indexed, plain, render
+from viewer.runs import Run
+from viewer.shell import plain, render
 
 _PARAMETERS = ("step", "site", "layer")
 
 
 def show(run: Run) -> None:
     """The page."""
-    config = run.folder.config()
+    config = run.config()
     st.title(plain(run.name))
     names = {
         "model": "model",
@@ -27,9 +27,9 @@ def show(run: Run) -> None:
         "tokens": "training tokens",
     }
     facts = [(name, _short(config[key])) for key, name in names.items() if key in config]
-    st.html(markup.facts_html([*facts, ("state", run.folder.state())]))
+    st.html(markup.facts_html([*facts, ("state", run.state())]))
     overview = run.overview()
-    if run.folder.eval_table():
+    if run.folder and run.folder.eval_table():
         show_metrics(overview)
     else:
         st.info(
@@ -65,7 +65,7 @@ def show_metrics(overview: pd.DataFrame) -> None:
 
 def show_table(run: Run, overview: pd.DataFrame) -> None:
     """Every site with its numbers; its name leads to its features."""
-    with_index = set(indexed(run))
+    with_index = set(run.indexed)
     rows = []
     for row in overview.to_dict("records"):
         label = html.escape(site_label(row["site"]))

@@ -1,0 +1,249 @@
+"""The loops of `evidence`, compiled by numba: sorting by latent, counts, examples, drivers, co-firing.
+
+Each works on a range of latents, several at a time. `starts`, `row` and `activation` are a site's `Firings`.
+Every sum runs over a latent's own firings in the order of the rows, so nothing depends on threads or ranges.
+"""
+
+import numpy as np
+
+from sae.kernels.cpu_loops import compiled
+
+# a window of so many tokens either side of the peak tells whether two examples are the same text
+_NEAR = 5
+
+
+@compiled
+def sort_by_latent(row_starts, latent, activation, first, row, by_latent):
+    """Puts firings in the order of rows, as lists a row, into the order of latents and then rows.
+
+    `first` [latent] says where each latent's firings begin in the outputs `row` and `by_latent`; it is used
+    up.
+    """
+    for r in range(len(row_starts) - 1):
+        for k in range(row_starts[r], row_starts[r + 1]):
+            place = first[latent[k]]
+            first[latent[k]] = place + 1
+            row[place] = r
+            by_latent[place] = activation[k]
+
+
+@compiled
+def count_activations(begin, end, starts, activation, bins, total, maximum, histogram):
+    """Sum (float64), maximum and histogram of each latent's activations.
+
+    `bins` has those of the firings of this range alone.
+    """
+    for j in range(begin, end):
+        for k in range(starts[j], starts[j + 1]):
+            total[j] += activation[k]
+            maximum[j] = max(maximum[j], activation[k])
+            histogram[j, bins[k - starts[begin]]] += 1
+
+
+@compiled
+def choose_examples(
+    begin, end, starts, row, activation, bits, unit, place, tokens, document, position, edges,
+    top, top_found, banded, banded_found, keys,
+):  # fmt: skip
+    """The best examples of each latent, and a random few of each of its bands.
+
+    An example is the hardest firing in a unit (a document within a block), the earliest of equals. Of
+    several with the same tokens around them the best alone counts. `top` [latent, count] and `banded`
+    [latent, band, count] get rows, and `*_found` how many. `edges` [latent, band] are the bands' lower
+    edges, falling. `bits` are the activations' own as integers, which order as they do. `unit` and `place`
+    are by row; `tokens`, `document` and `position` [block, pos]; `keys` [count] is room to work in.
+    """
+    n_bands = edges.shape[1]
+    keys_top, keys_band = keys[0, : top.shape[1]], keys[1:, : banded.shape[2]]
+    for j in range(begin, end):
+        k, last = starts[j], starts[j + 1]
+        while k < last:
+            best, here = k, unit[row[k]]
+            k += 1
+            while k < last and unit[row[k]] == here:
+                if activation[k] > activation[best]:
+                    best = k
+                k += 1
+            new, at = row[best], place[row[best]]
+            key = np.uint64(0x7FFFFFFF - bits[best])
+            top_found[j] = _offer(key, new, keys_top, top[j], top_found[j], place, tokens, document, position)
+            band = 0
+            while band < n_bands - 1 and activation[best] <= edges[j, band]:
+                band += 1
+            block, pos = at // tokens.shape[1], at % tokens.shape[1]
+            key = scramble(j, document[block, pos], position[block, pos])
+            banded_found[j, band] = _offer(
+                key, new, keys_band[band], banded[j, band], banded_found[j, band],
+                place, tokens, document, position,
+            )  # fmt: skip
+
+
+@compiled
+def scramble(latent, document, position):
+    """A number that looks random, from three (the finaliser of splitmix64, once for each)."""
+    x = np.uint64(0)
+    for word in (np.uint64(latent), np.uint64(document), np.uint64(position)):
+        x = (x ^ word) + np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return x
+
+
+@compiled
+def _offer(key, new, keys, rows, found, place, tokens, document, position):
+    """Lets a row into a list of rows with the smallest keys; returns how many it then holds."""
+    if found == len(rows) and not _before(key, new, keys[-1], rows[-1], place, document, position):
+        return found
+    free = found
+    for i in range(found):
+        if _same_text(place[new], place[rows[i]], tokens, document):
+            if not _before(key, new, keys[i], rows[i], place, document, position):
+                return found
+            free = i
+            break
+    if free == found:
+        if found == len(rows):
+            free = found - 1
+        else:
+            found += 1
+    while free > 0 and _before(key, new, keys[free - 1], rows[free - 1], place, document, position):
+        keys[free], rows[free] = keys[free - 1], rows[free - 1]
+        free -= 1
+    keys[free], rows[free] = key, new
+    return found
+
+
+@compiled
+def _before(key, row, other_key, other, place, document, position):
+    """Whether a row comes before another: by key, then document, position in it, and row."""
+    if key != other_key:
+        return key < other_key
+    context = document.shape[1]
+    a, b = place[row], place[other]
+    one, two = document[a // context, a % context], document[b // context, b % context]
+    if one != two:
+        return one < two
+    one, two = position[a // context, a % context], position[b // context, b % context]
+    if one != two:
+        return one < two
+    return row < other
+
+
+@compiled
+def _same_text(a, b, tokens, document):
+    """Whether the tokens around two places, within their documents, are the same."""
+    context = tokens.shape[1]
+    block_a, at_a, block_b, at_b = a // context, a % context, b // context, b % context
+    if tokens[block_a, at_a] != tokens[block_b, at_b]:
+        return False
+    for step in range(-_NEAR, _NEAR + 1):
+        p, q = at_a + step, at_b + step
+        in_a = 0 <= p < context and document[block_a, p] == document[block_a, at_a]
+        in_b = 0 <= q < context and document[block_b, q] == document[block_b, at_b]
+        if in_a != in_b or (in_a and tokens[block_a, p] != tokens[block_b, q]):
+            return False
+    return True
+
+
+@compiled
+def find_activations(latent, row, starts, rows, activation, found):
+    """The activation of each latent on the row beside it, on which it fires; `rows` are the firings'."""
+    for i in range(len(latent)):
+        low, high = starts[latent[i]], starts[latent[i] + 1]
+        while high - low > 1:
+            middle = (low + high) // 2
+            if rows[middle] <= row[i]:
+                low = middle
+            else:
+                high = middle
+        found[i] = activation[low]
+
+
+@compiled
+def find_drivers(
+    begin, end, starts, row, activation, token, token_rows, at_least,
+    by_share, by_lift, counts, sums, count, total, touched, values,
+):  # fmt: skip
+    """The tokens that drive each latent, by their share of its activation and by lift.
+
+    `token` is each row's, numbered from 0 in rising order; `token_rows` on how many rows each is. `by_share`
+    and `by_lift` [latent, rank] get tokens, -1 where there is none, and `counts` and `sums` [latent, order,
+    rank] the firings on them and their activation. By lift only tokens with `at_least` firings. `count`,
+    `total` (both zero), `touched` [token] and `values` [rank] are room to work in.
+    """
+    for j in range(begin, end):
+        n = 0
+        for k in range(starts[j], starts[j + 1]):
+            t = token[row[k]]
+            if count[t] == 0:
+                touched[n] = t
+                n += 1
+            count[t] += 1
+            total[t] += activation[k]
+        values[:] = -1.0
+        for i in range(n):
+            _rank(total[touched[i]], touched[i], values, by_share[j])
+        values[:] = -1.0
+        for i in range(n):
+            t = touched[i]
+            if count[t] >= at_least:
+                # the factors that all tokens share do not change the order
+                _rank(count[t] / token_rows[t], t, values, by_lift[j])
+        for rank in range(by_share.shape[1]):
+            for order, chosen in enumerate((by_share[j, rank], by_lift[j, rank])):
+                if chosen >= 0:
+                    counts[j, order, rank] = count[chosen]
+                    sums[j, order, rank] = total[chosen]
+        for i in range(n):
+            count[touched[i]] = 0
+            total[touched[i]] = 0
+
+
+@compiled
+def _rank(value, which, values, chosen):
+    """Lets `which` into a list of those with the highest values; of equals the smaller number comes first."""
+    last = len(values) - 1
+    if value < values[last] or (value == values[last] and which > chosen[last]):
+        return
+    i = last
+    while i > 0 and (value > values[i - 1] or (value == values[i - 1] and which < chosen[i - 1])):
+        values[i], chosen[i] = values[i - 1], chosen[i - 1]
+        i -= 1
+    values[i], chosen[i] = value, which
+
+
+@compiled
+def find_cofiring(
+    begin, end, starts, row, row_starts, latent, spread, n_rows, at_least,
+    others, phi, together, count, values,
+):  # fmt: skip
+    """The latents that fire with each one, by phi, the correlation of firing with firing.
+
+    `row_starts` and `latent` are the firings as lists a row; `spread` is 1 / sqrt(f (n_rows - f)) for each
+    latent of f firings, and 0 where that has no meaning. Only those that share `at_least` rows and have a
+    positive phi. `others` [latent, rank] gets latents, -1 where there is none, `phi` and `together` their phi
+    and shared rows. `count` (zero) [latent] and `values` [rank] are room to work in.
+    """
+    for j in range(begin, end):
+        firings = starts[j + 1] - starts[j]
+        if firings < at_least:
+            continue
+        for k in range(starts[j], starts[j + 1]):
+            r = row[k]
+            for m in range(row_starts[r], row_starts[r + 1]):
+                count[latent[m]] += 1
+        values[:] = 0.0
+        count[j] = 0
+        for i in range(len(count)):
+            both = count[i]
+            if both >= at_least:
+                expected = np.float64(firings) * np.float64(starts[i + 1] - starts[i])
+                value = (np.float64(n_rows) * both - expected) * spread[i] * spread[j]
+                if value > 0 and value >= values[-1]:
+                    _rank(value, i, values, others[j])
+        for rank in range(len(values)):
+            if others[j, rank] >= 0:
+                phi[j, rank] = values[rank]
+                together[j, rank] = count[others[j, rank]]
+        count[:] = 0

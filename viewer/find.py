@@ -1,0 +1,213 @@
+"""Search over the latents of all indexed sites. Needs no language model: what the index knows is enough.
+
+Scores are from 0 to 1 and are told at each function; `why` says in words what a score rests on.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+
+from activations.sites import layer_of
+from sae.errors import UserError
+from viewer.features import Feature, Site
+from viewer.markup import percent, readable
+from viewer.tables import IndexFolder, SiteTables, Strings, stem
+from viewer.windows import near
+
+# what a word counts for where it is found: nothing but a label or all of a latent's activation is full proof
+_IN_LABEL, _IN_CONTEXT, _IN_LOGITS = 1.0, 0.5, 0.5
+_REACH = 8
+"""Tokens either side of an example's peak that count as its context."""
+_HINTS = 5
+_COLUMNS = ["site", "layer", "latent", "label", "why", "score"]
+_PROOFS = ("label", "drivers", "context", "logits")
+
+
+def find_token(token: str | int, index: IndexFolder, sites: Sequence[str], limit: int) -> pd.DataFrame:
+    """Latents that the token drives: site, layer, latent, label, why, score and the numbers behind it.
+
+    share is the token's part of the latent's activation, coverage the part of the token's occurrences on
+    which it fires; score is their harmonic mean, so a latent must fire on little else and miss little. All
+    numbers are exact. Searched are each latent's ten first tokens by activation and by lift: whatever is
+    left out has a share under 1/11. Raises UserError when the indexed text does not have the token.
+    """
+    wanted = index.strings.ids(token) if isinstance(token, str) else [token]
+    occurrences = int((np.isin(index.texts.tokens, wanted) & index.texts.keep).sum())
+    if not occurrences:
+        raise UserError(
+            "the token must be in the indexed text", repr(token), _token_hint(token, index.strings)
+        )
+    frames = []
+    for site in sites:
+        drivers = index.site(site).all_drivers
+        here = np.flatnonzero(np.isin(drivers["token"], wanted))
+        names = ("latent", "token", "count", "share", "lift", "mean")
+        frame = pd.DataFrame({name: drivers[name][here] for name in names})
+        frame = frame.drop_duplicates(["latent", "token"]).drop(columns="token")
+        frame.insert(0, "site", site)
+        frames.append(frame)
+    found = _together(pd.concat(frames, ignore_index=True))
+    found["coverage"] = found["count"] / occurrences
+    found["score"] = 2 * found["share"] * found["coverage"] / (found["share"] + found["coverage"])
+    best = _best(found, index, limit)
+    shown = readable(token) if isinstance(token, str) else readable(index.strings.of([token])[0])
+    best["why"] = [
+        f"{percent(share)} of its activation is on {shown}; fires on {percent(coverage)} of them"
+        for share, coverage in zip(best["share"], best["coverage"], strict=True)
+    ]
+    return best.loc[:, [*_COLUMNS, "share", "coverage", "lift", "count", "mean"]]
+
+
+def find_text(text: str, index: IndexFolder, sites: Sequence[str], limit: int) -> pd.DataFrame:
+    """Latents about the words of a text: site, layer, latent, label, why, score.
+
+    A word is found, in any case and number, in the label; in tokens that drive the latent (worth their
+    share of its activation); in the context of its highest examples (worth half the part of them that have
+    it); in the tokens it raises (worth half, less for later ranks). What is found of a word adds up as
+    1 - (1 - a)(1 - b)...; the score is the mean over words, in which rare ones weigh more. Raises
+    UserError when there is no word in the text.
+    """
+    words = list(dict.fromkeys(stem(word) for word in re.findall(r"\w+", text)))
+    if not words:
+        raise UserError("find needs a word", repr(text), "give one or several, or look for a token")
+    tokens = [index.strings.by_word.get(word, []) for word in words]
+    contexts = [near(index.texts, np.array(ids, np.int64), _REACH) for ids in tokens]
+    proofs = {
+        site: np.stack(
+            [
+                _proof(index.site(site), index.labels(site), word, np.array(ids, np.int64), context)
+                for word, ids, context in zip(words, tokens, contexts, strict=True)
+            ]
+        )
+        for site in sites
+    }
+    found_anywhere = [sum(int((p[n].max(0) > 0).sum()) for p in proofs.values()) for n in range(len(words))]
+    total = sum(p.shape[2] for p in proofs.values())
+    weight = np.log1p(total / (1 + np.array(found_anywhere)))
+    frames = []
+    for site, proof in proofs.items():
+        score = (weight / weight.sum()) @ (1 - np.prod(1 - proof, axis=1))
+        best = np.argsort(-score, kind="stable")[:limit]
+        best = best[score[best] > 0]
+        why = [_why(words, proof[:, :, latent]) for latent in best]
+        frames.append(pd.DataFrame({"site": site, "latent": best, "why": why, "score": score[best]}))
+    return _best(pd.concat(frames, ignore_index=True), index, limit).loc[:, _COLUMNS]
+
+
+def find_like(
+    like: Feature, decoders: Mapping[str, Float[torch.Tensor, "latent d_out"]], index: IndexFolder, limit: int
+) -> pd.DataFrame:
+    """Latents whose decoder rows point as that of `like`, as in `find_text`; the score is the cosine.
+
+    Sites that write to another width are left out.
+    """
+    direction = like.direction()
+    direction = direction / max(float(direction.norm()), 1e-30)
+    home = index.root.resolve() == like.site.index.root.resolve()
+    frames = []
+    for site, W_dec in decoders.items():
+        if W_dec.shape[1] != len(direction):
+            continue
+        cosine = (W_dec @ direction / W_dec.norm(dim=1).clamp_min(1e-30)).numpy()
+        if home and site == like.site.name:
+            cosine[like.latent] = -2
+        best = np.argsort(-cosine, kind="stable")[: limit + 1]
+        best = best[cosine[best] > -2]
+        frames.append(pd.DataFrame({"site": site, "latent": best, "score": cosine[best]}))
+    found = pd.concat(frames, ignore_index=True)
+    found["why"] = f"decoder cosine with {like.title()}"
+    return _best(found, index, limit).loc[:, _COLUMNS]
+
+
+def duplicates(sites: Mapping[str, Site], cosine: float) -> pd.DataFrame:
+    """Pairs of latents of a site whose decoder rows have at least this cosine, as `Run.duplicates` says."""
+    rows = []
+    for name, site in sites.items():
+        related = site.tables.all_cosines
+        chosen = related["value"] >= cosine
+        pairs = np.sort(np.stack([related["latent"][chosen], related["other"][chosen]], axis=1), axis=1)
+        for (latent, other), value in dict(
+            zip(map(tuple, pairs.tolist()), related["value"][chosen].tolist(), strict=True)
+        ).items():
+            a, b = (site.tables.firings.latent(n)[0] for n in (latent, other))
+            both = len(np.intersect1d(a, b, assume_unique=True))
+            either = len(a) + len(b) - both
+            rows.append((name, latent, other, value, both / either if either else 0.0))
+    frame = pd.DataFrame(rows, columns=["site", "latent", "other", "cosine", "jaccard"])
+    return frame.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
+
+
+def _together(found: pd.DataFrame) -> pd.DataFrame:
+    """One row a latent, where several tokens read the same."""
+    found = found.assign(mean=found["mean"].astype(np.float64) * found["count"])
+    how = {"count": "sum", "share": "sum", "lift": "max", "mean": "sum"}
+    found = found.groupby(["site", "latent"], sort=False, as_index=False).agg(how)
+    return found.assign(mean=found["mean"] / found["count"])
+
+
+def _proof(
+    tables: SiteTables, labels: list[str], word: str, tokens: Int[np.ndarray, " token"], context: np.ndarray
+) -> Float[np.ndarray, "proof latent"]:
+    """What each latent of a site has of a word, in the order of _PROOFS."""
+    proof = np.zeros((len(_PROOFS), tables.n_latents))
+    starts = np.cumsum([0] + [len(label) + 1 for label in labels])
+    # one pass over all labels; a word's beginning, since its plural may end otherwise
+    for match in re.finditer(
+        rf"(?<!\w){re.escape(word.removesuffix('y'))}\w*", "\n".join(labels), re.IGNORECASE
+    ):
+        if stem(match[0]) == word:
+            proof[0, np.searchsorted(starts, match.start(), "right") - 1] = _IN_LABEL
+    if len(tokens):
+        drivers = tables.all_drivers
+        hit = np.flatnonzero(np.isin(drivers["token"], tokens))
+        # a token may be there by activation and by lift
+        hit = hit[
+            np.unique(np.stack([drivers["latent"][hit], drivers["token"][hit]]), axis=1, return_index=True)[1]
+        ]
+        np.add.at(proof[1], drivers["latent"][hit], drivers["share"][hit])
+        examples = tables.top_examples
+        inside = context[examples["block"], examples["peak"]]
+        number = np.bincount(examples["latent"], minlength=tables.n_latents)
+        proof[2] = (
+            _IN_CONTEXT * np.bincount(examples["latent"], inside, tables.n_latents) / np.maximum(number, 1)
+        )
+        raised = tables.raised
+        hit = np.isin(raised["token"], tokens)
+        np.maximum.at(proof[3], raised["latent"][hit], _IN_LOGITS / (1 + raised["rank"][hit]))
+    return np.minimum(proof, 1.0)
+
+
+def _why(words: list[str], proof: Float[np.ndarray, "word proof"]) -> str:
+    parts = []
+    for word, (label, drivers, context, logits) in zip(words, proof.tolist(), strict=True):
+        said = ["label"] if label else []
+        said += [f"{percent(drivers)} of its activation"] if drivers else []
+        said += [f"near {percent(context / _IN_CONTEXT)} of its examples"] if context else []
+        said += ["raised"] if logits else []
+        parts += [f"{word}: {', '.join(said)}"] if said else []
+    return "; ".join(parts)
+
+
+def _best(found: pd.DataFrame, index: IndexFolder, limit: int) -> pd.DataFrame:
+    """The best `limit` rows, with layer and label. Ties keep the order of sites and latents."""
+    best = found.sort_values("score", ascending=False, kind="stable").head(limit).reset_index(drop=True)
+    best["layer"] = [layer_of(site) for site in best["site"]]
+    best["label"] = ""
+    for site in set(best["site"]) & set(index.sites()):
+        here = best["site"] == site
+        best.loc[here, "label"] = index.labels_of(site, best.loc[here, "latent"].tolist())
+    return best
+
+
+def _token_hint(token: str | int, strings: Strings) -> str:
+    if not isinstance(token, str):
+        return "give a token's text, such as ' Paris', or another number"
+    near_by = strings.of(strings.by_word.get(stem(token), [])[:_HINTS])
+    known = ", ".join(repr(text) for text in near_by)
+    return (
+        f"the text has {known}" if known else "a token is often a piece of a word: look for words with text="
+    )

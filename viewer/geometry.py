@@ -1,0 +1,229 @@
+"""What a dictionary's weights say without any text: neighbours, copies, coordinates, encoder and decoder."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32, Int, Int32
+from torch import Tensor
+
+from activations.int8 import int8_is_fast, int8_products, quantised
+from sae import Dictionary
+from sae.kernels.workers import workers_for
+from viewer.firings import Firings
+
+DUPLICATE_COSINE, DUPLICATE_JACCARD = 0.95, 0.5
+"""Above both, two latents count as one thing learned twice."""
+
+# candidates of the search, in multiples of the neighbours wanted
+_CANDIDATES = 3
+# a tile of products that a core's cache holds, and the product is still busy
+_ROWS, _COLUMNS = 512, 4096
+# rows computed again at once
+_EXACT_ROWS = 128
+
+
+class Neighbours(NamedTuple):
+    """The nearest latents of each, nearest first."""
+
+    ids: Int32[np.ndarray, "latent rank"]
+    """-1 where there are no more, and for a decoder row of zeros, which is nobody's neighbour."""
+    cosine: Float32[np.ndarray, "latent rank"]
+    """0 where there is none."""
+
+
+class Duplicates(NamedTuple):
+    """Pairs of latents of one site that look like one thing learned twice, sorted by both numbers."""
+
+    latent: Int32[np.ndarray, " pair"]
+    other: Int32[np.ndarray, " pair"]
+    """Larger than `latent`."""
+    cosine: Float32[np.ndarray, " pair"]
+    jaccard: Float32[np.ndarray, " pair"]
+    """Tokens on which both fire, over tokens on which either does."""
+
+
+class Alignment(NamedTuple):
+    """The parts of the space that each decoder row lies along most."""
+
+    ids: Int32[np.ndarray, "latent rank"]
+    """Coordinates; heads where the site is the heads' outputs side by side."""
+    values: Float32[np.ndarray, "latent rank"]
+    """The row's coordinate, with its sign; the norm of the row's part in the head."""
+    share: Float32[np.ndarray, "latent rank"]
+    """Its share of the sum of all values without their signs; 0 for a row of zeros."""
+
+
+def neighbours(
+    rows: Float[Tensor, "latent d_out"],
+    others: Float[Tensor, "other d_out"],
+    *,
+    count: int = 10,
+    same: bool = False,
+) -> Neighbours:
+    """The `count` of `others` that have the largest cosine with each of `rows`, all of them decoder rows.
+
+    With `same` both are one dictionary's, and no latent is its own neighbour. Cosines are computed in fp32,
+    and equal ones stand in the order of their numbers. No [latent, other] is held: tiles of it are searched
+    for three times as many candidates as are wanted, in 8-bit integers where those are fast, and the
+    candidates computed again. A row whose last candidate comes near the neighbours found, by the error seen
+    in its candidates, is searched again in fp32. Nothing depends on the number of threads.
+    """
+    left, right = _unit(rows), _unit(others)
+    there = right.any(1).nonzero()[:, 0]
+    right = right[there]
+    kept = min(_CANDIDATES * count, len(right))
+    as_int = (*quantised(left), *quantised(right)) if int8_is_fast(left.device) else None
+    ids = torch.full((len(left), count), -1, dtype=torch.int32)
+    cosine = torch.zeros(len(left), count)
+
+    def search(start: int) -> None:
+        part = slice(start, start + _ROWS)
+        if as_int is None:
+            scores, found = (left[part] @ right.T).topk(kept, dim=1)
+        else:
+            scores, found = _candidates_int8(as_int, part, kept)
+        numbers = torch.arange(start, start + len(found), device=left.device)
+        own = numbers if same else torch.full_like(numbers, -1)
+        for first in range(0, len(found), _EXACT_ROWS):
+            piece = slice(first, first + _EXACT_ROWS)
+            row = left[part][piece]
+            best, value, sure = _ranked(row, right, there, own[piece], found[piece], scores[piece], count)
+            if not sure.all():
+                everything = row[~sure] @ right.T
+                again = _by_cosine(everything, there.expand(everything.shape), own[piece][~sure], count)
+                best[~sure], value[~sure] = again
+            place = slice(start + first, start + first + len(best))
+            ids[place, : best.shape[1]], cosine[place, : best.shape[1]] = best.int().cpu(), value.cpu()
+
+    if kept:
+        workers_for(torch.get_num_threads()).run(search, range(0, len(left), _ROWS))
+    ids[~left.any(1).cpu()] = -1
+    return Neighbours(ids.numpy(), torch.where(ids >= 0, cosine, 0).numpy())
+
+
+def duplicates(near: Neighbours, firings: Firings) -> Duplicates:
+    """The pairs among a site's own neighbours whose decoder rows and firings are nearly the same.
+
+    They are looked for among the neighbours given, so of a large crowd of copies not every pair is named.
+    """
+    from viewer.loops import count_common  # late: numba takes a second to import
+
+    latent, rank = np.nonzero((near.ids >= 0) & (near.cosine >= DUPLICATE_COSINE))
+    other = near.ids[latent, rank]
+    pairs, first = np.unique(
+        np.stack([np.minimum(latent, other), np.maximum(latent, other)], 1), axis=0, return_index=True
+    )
+    cosine = near.cosine[latent, rank][first]
+    counts = np.diff(firings.starts)[pairs]
+    common = np.zeros(len(pairs), np.int64)
+    count_common(firings.starts, firings.row, pairs, common)
+    jaccard = (common / np.maximum(counts.sum(1) - common, 1)).astype(np.float32)
+    alike = jaccard >= DUPLICATE_JACCARD
+    pairs = pairs[alike].astype(np.int32)
+    return Duplicates(pairs[:, 0], pairs[:, 1], cosine[alike], jaccard[alike])
+
+
+@torch.inference_mode()
+def neuron_alignment(
+    rows: Float[Tensor, "latent d_out"], *, count: int = 3, head_width: int = 0
+) -> Alignment:
+    """The coordinates in which decoder rows are largest, whatever their sign.
+
+    With a `head_width` the rows are the outputs of heads of that width side by side, whose own coordinates
+    mean nothing: it is then the heads in which they are largest.
+    """
+    values = rows.float()
+    if head_width:
+        values = values.unflatten(1, (-1, head_width)).norm(dim=2)
+    size, ids = values.abs().sort(dim=1, descending=True, stable=True)
+    ids, total = ids[:, :count], size.sum(1, keepdim=True)
+    share = torch.where(total > 0, size[:, :count] / total, 0)
+    return Alignment(*(t.cpu().numpy() for t in (ids.int(), values.gather(1, ids), share)))
+
+
+@torch.inference_mode()
+def encoder_decoder(
+    dictionary: Dictionary,
+) -> tuple[Float32[np.ndarray, " latent"], Float32[np.ndarray, " latent"] | None]:
+    """The norm of each decoder row, and its cosine with the latent's encoder column.
+
+    A vector of zeros has cosine 0. None for a transcoder: what it reads and what it writes are not one space.
+    """
+    decoder = dictionary.W_dec.float()
+    norm = decoder.norm(dim=1).cpu().numpy()
+    if dictionary.cfg.transcoder:
+        return norm, None
+    return norm, (_unit(decoder) * _unit(dictionary.W_enc.T)).sum(1).cpu().numpy()
+
+
+def _unit(rows: Float[Tensor, "row d_out"]) -> Float[Tensor, "row d_out"]:
+    """Rows of norm 1, or 0, in fp32."""
+    rows = rows.detach().float()
+    # by the largest entry first, so that no square leaves the range of fp32
+    rows = rows / rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    norm = rows.norm(dim=1, keepdim=True)
+    return torch.where(norm > 0, rows / norm, 0)
+
+
+def _candidates_int8(
+    sides: tuple[Tensor, ...], part: slice, count: int
+) -> tuple[Float[Tensor, "row count"], Int[Tensor, "row count"]]:
+    """About the `count` largest products of some rows with all others, and the others' places."""
+    from viewer.loops import keep_largest  # late: numba takes a second to import
+
+    left, left_scale, right, right_scale = sides
+    scores = torch.full((len(left[part]), count), -torch.inf)
+    places = torch.zeros(scores.shape, dtype=torch.int64)
+    held = torch.empty(len(scores) * _COLUMNS, dtype=torch.int32)
+    for first in range(0, len(right), _COLUMNS):
+        span = slice(first, first + _COLUMNS)
+        size = right_scale[span].numpy()
+        products = int8_products(left[part], right[span], held).numpy()
+        keep_largest(products, size, first, scores.numpy(), places.numpy(), np.empty_like(size))
+    return scores * left_scale[part, None], places
+
+
+def _ranked(
+    rows: Float[Tensor, "row d_out"],
+    right: Float[Tensor, "other d_out"],
+    there: Int[Tensor, " other"],
+    own: Int[Tensor, " row"],
+    places: Int[Tensor, "row candidate"],
+    scores: Float[Tensor, "row candidate"],
+    count: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of each row's candidates: numbers and cosines [row, count], and whether none is missing."""
+    exact = _products(rows, right, places)
+    ids, cosine = _by_cosine(exact, there[places], own, count)
+    if places.shape[1] == len(right):
+        return ids, cosine, torch.ones_like(own, dtype=torch.bool)
+    # what was left out scored no higher than the last candidate
+    error = (exact - scores).abs().amax(1)
+    return ids, cosine, cosine[:, -1] - scores.amin(1) > 2 * error
+
+
+def _products(
+    rows: Float[Tensor, "row d_out"],
+    right: Float[Tensor, "other d_out"],
+    places: Int[Tensor, "row candidate"],
+) -> Float[Tensor, "row candidate"]:
+    """Each row's products with its candidates, in fp32."""
+    if rows.device.type != "cpu":
+        return torch.einsum("rd,rcd->rc", rows, right[places])
+    from viewer.loops import multiply_at  # late: numba takes a second to import
+
+    exact = torch.empty(places.shape)
+    multiply_at(rows.numpy(), right.numpy(), places.numpy(), exact.numpy())
+    return exact
+
+
+def _by_cosine(
+    cosine: Float[Tensor, "row some"], ids: Int[Tensor, "row some"], own: Int[Tensor, " row"], count: int
+) -> tuple[Int[Tensor, "row count"], Float[Tensor, "row count"]]:
+    """The `count` largest of each row, of equal ones the smaller number first; `own` counts as -1, last."""
+    ids, order = ids.sort(1)
+    alone = ids == own[:, None]
+    cosine = torch.where(alone, -torch.inf, cosine.gather(1, order))
+    order = cosine.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return torch.where(alone, -1, ids).gather(1, order), cosine.gather(1, order)

@@ -1,0 +1,252 @@
+"""Runs as Python objects: a run folder, or an index alone, and everything that can be asked of all its sites.
+
+run = viewer.open("runs/demo");  run.layer(9)[123];  run.find(token=" Paris");  run.sql("select ...")
+"""
+
+import html
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import sae
+from activations.sites import kind_of, layer_of, site_label
+from sae.errors import UserError
+from train.run_folder import RUN, RunFolder
+from viewer import find, markup
+from viewer.compare import Comparison, compare
+from viewer.features import Feature, Site
+from viewer.query import query
+from viewer.storage import MANIFEST, TEXTS
+from viewer.tables import IndexFolder
+
+_METRICS = [
+    "l0",
+    "l0_target",
+    "fvu",
+    "delta_ce",
+    "delta_ce_se",
+    "ce_recovered_mean",
+    "ce_recovered_zero",
+    "kl",
+    "dead",
+]
+
+
+class Run:
+    """A run folder, or a folder with an index only. Reads all; writes nothing but labels and notes."""
+
+    def __init__(self, path: Path, index: Path, folder: RunFolder | None) -> None:
+        self.path = path
+        self.name = path.resolve().name
+        self.folder = folder
+        """None where there is an index and no run."""
+        self.index = IndexFolder(index, path)
+        self._sites: dict[str, Site] = {}
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites trained, in layer order; without a run, the sites of the index."""
+        return self.folder.sites() if self.folder else sorted(self.index.sites(), key=layer_of)
+
+    @property
+    def indexed(self) -> list[str]:
+        """Those of its sites that have an index."""
+        have = set(self.index.sites())
+        return [site for site in self.sites if site in have]
+
+    def site(self, name: str) -> Site:
+        """A site's features. Raises UserError when the run has no such site or the site no whole index."""
+        self._check(name)
+        tables = self.index.site(name)
+        kept = self._sites.get(name)
+        if kept is None or kept.tables is not tables:
+            kept = self._sites[name] = Site(self.index, name)
+        return kept
+
+    def site_at(self, layer: int, kind: str | None = None) -> str:
+        """The site at a layer. `kind` (`resid_post`, `mlp_out`, ...) is needed where a layer has several."""
+        here = [site for site in self.sites if layer_of(site) == layer and kind in (None, kind_of(site))]
+        if len(here) != 1:
+            layers = ", ".join(site_label(site) for site in self.sites)
+            asked = f"layer {layer}" + (f" {kind}" if kind else "")
+            do = "also name the kind" if here else f"choose from {layers}"
+            raise UserError("a layer must name one site", f"{len(here)} sites for {asked}", do)
+        return here[0]
+
+    def layer(self, layer: int, kind: str | None = None) -> Site:
+        """The features at a layer, as `site_at` finds it."""
+        return self.site(self.site_at(layer, kind))
+
+    def dictionary(self, site: str) -> sae.Dictionary:
+        """A site's dictionary. Raises UserError when only its index is here."""
+        self._check(site)
+        return self.index.dictionary(site)
+
+    def latents(self) -> pd.DataFrame:
+        """A row a latent of every indexed site: site, layer, kind, and the columns of `Site.latents`."""
+        frames = []
+        for name in self.indexed:
+            frame = self.site(name).latents()
+            frame.insert(0, "site", name)
+            frame.insert(1, "layer", layer_of(name))
+            frame.insert(2, "kind", kind_of(name))
+            frames.append(frame)
+        if not frames:
+            raise self._no_index()
+        return pd.concat(frames, ignore_index=True)
+
+    def dead(self) -> pd.DataFrame:
+        """The latents that never fired on the indexed text, as in `latents`."""
+        return self._in_state("silent")
+
+    def dense(self) -> pd.DataFrame:
+        """The latents that fire on more than a tenth of its tokens, as in `latents`."""
+        return self._in_state("dense")
+
+    def duplicates(self, cosine: float = 0.9) -> pd.DataFrame:
+        """Pairs of latents of a site whose decoder rows nearly agree: site, latent, other, cosine, jaccard.
+
+        jaccard is the share of the tokens on which either fires that both fire on. Pairs are found among
+        the nearest neighbours that the index keeps.
+        """
+        if not self.indexed:
+            raise self._no_index()
+        return find.duplicates({name: self.site(name) for name in self.indexed}, cosine)
+
+    def find(
+        self,
+        *,
+        token: str | int | None = None,
+        text: str | None = None,
+        like: Feature | None = None,
+        limit: int = 20,
+    ) -> pd.DataFrame:
+        """Latents of all indexed sites, best first: site, layer, latent, label, why, score and more.
+
+        By `token`: those that fire on it, as it reads (" Paris", with its space) or by its number. By
+        `text`: those whose label, tokens, contexts or logits have its words. By `like`: those whose decoder
+        rows point the same way. See `viewer.find` for the scores.
+        """
+        asked = [value for value in (token, text, like) if value is not None]
+        if len(asked) != 1:
+            raise UserError(
+                "find needs one of token, text and like", f"{len(asked)} of them", "give just one"
+            )
+        if like is not None:
+            return find.find_like(like, {s: self.index.decoder(s) for s in self.sites}, self.index, limit)
+        if not self.indexed:
+            raise self._no_index()
+        if token is not None:
+            return find.find_token(token, self.index, self.indexed, limit)
+        return find.find_text(str(text), self.index, self.indexed, limit)
+
+    def compare(
+        self,
+        other: "Run",
+        layer: int | None = None,
+        *,
+        kind: str | None = None,
+        site: str = "",
+        cosine: float = 0.7,
+    ) -> Comparison:
+        """Which latents of a site another run has too. Name the site by its layer, or in full.
+
+        Needs both dictionaries, and takes what it can from the indexes. `cosine` is how near two decoder
+        rows must be to be the same.
+        """
+        if (layer is None) == (not site):
+            raise UserError("compare needs a layer or a site", f"{layer=}, {site=}", "give one of the two")
+        name = site if layer is None else self.site_at(layer, kind)
+        names = (self.name, other.name) if self.name != other.name else (str(self.path), str(other.path))
+        return compare(
+            (self.dictionary(name), other.dictionary(name)),
+            (self._index_of(name), other._index_of(name)),
+            names=names, site=name, cosine=cosine,
+        )  # fmt: skip
+
+    def sql(self, statement: str) -> pd.DataFrame:
+        """The answer to a SELECT over latents, examples, drivers, related, tokens and labels.
+
+        The first four are the index's files (`viewer.storage` tells their columns), of all sites, with the
+        columns site and layer; tokens has id and text; labels is what you wrote. Nothing can be written.
+        """
+        if not self.indexed:
+            raise self._no_index()
+        return query(statement, self.index, self.indexed)
+
+    def overview(self) -> pd.DataFrame:
+        """A row a site: site, layer, kind and the held-out metrics of eval.json (NaN for none)."""
+        table = self.folder.eval_table() if self.folder else {}
+        rows = [{"site": s, "layer": layer_of(s), "kind": kind_of(s), **table.get(s, {})} for s in self.sites]
+        frame = pd.DataFrame(rows)
+        return frame.reindex(columns=[*frame.columns, *(m for m in _METRICS if m not in frame)])
+
+    def curves(self) -> pd.DataFrame:
+        """The training log: a row per logging step and site. Empty when nothing was logged."""
+        return self.folder.metrics() if self.folder else pd.DataFrame()
+
+    def config(self) -> dict[str, Any]:
+        """The training config; without a run, the model and corpus of the index."""
+        if self.folder:
+            return self.folder.config()
+        manifest = self.index.site(self.sites[0]).manifest
+        return {key: manifest[key] for key in ("model", "corpus") if key in manifest}
+
+    def state(self) -> str:
+        """`running`, `done`, `stopped: why`, `failed: why`, or `index only`."""
+        return self.folder.state() if self.folder else "index only"
+
+    def __repr__(self) -> str:
+        config = self.config()
+        what = f"{config.get('model', '?')}, {config.get('corpus', '?')}"
+        first = f"run {self.name} ({self.state()}): {what}"
+        shown = self.overview()[["layer", "kind", *_METRICS]].to_string(
+            index=False, na_rep="–", float_format="%.4g"
+        )
+        return f"{first}\n{shown}"
+
+    def _repr_html_(self) -> str:
+        config = self.config()
+        facts = [(k, str(config.get(k, "–"))) for k in ("model", "corpus", "width", "l0", "tokens")]
+        cells = [
+            [html.escape(site_label(row["site"])), *(markup.number(row[m]) for m in _METRICS)]
+            for row in self.overview().to_dict("records")
+        ]
+        body = markup.facts_html([*facts, ("state", self.state())]) + markup.table_html(
+            ["site", *_METRICS], cells
+        )
+        return f'{markup.STYLE}<div class="js-card"><h4>{html.escape(self.name)}</h4>{body}</div>'
+
+    def _check(self, site: str) -> None:
+        if site not in self.sites:
+            raise UserError(
+                "the site must be one of the run's", repr(site), f"choose from {', '.join(self.sites)}"
+            )
+
+    def _index_of(self, site: str) -> Site | None:
+        return self.site(site) if site in self.indexed else None
+
+    def _in_state(self, state: str) -> pd.DataFrame:
+        latents = self.latents()
+        return latents.loc[latents["state"] == state].reset_index(drop=True)
+
+    def _no_index(self) -> UserError:
+        return UserError(
+            "the run must have a feature index", f"none in {self.path}", "build one with `jumpscope index`"
+        )
+
+
+def open(path: Path | str) -> Run:
+    """Opens a run folder, or an index without a run (or one site of it). Raises UserError for others."""
+    path = Path(path)
+    if not (path / RUN).is_file():
+        # a dictionary's folder with its index, the index, or one site of it
+        for index, home in ((path / "index", path), (path, path), (path.parent, path.parent)):
+            if (index.parent / RUN).is_file() and index.name == "index":
+                path = index.parent
+                break
+            if (index / TEXTS / MANIFEST).is_file():
+                return Run(home, index, None)
+    folder = RunFolder.open(path)
+    return Run(folder.path, folder.path / "index", folder)

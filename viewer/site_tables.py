@@ -1,0 +1,146 @@
+"""The tables of one site's index, from the evidence of its firings and from its weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float32
+
+from activations.int8 import HasUnembedding
+from activations.sites import kind_of, layer_of
+from sae import Dictionary
+from viewer.evidence import Evidence
+from viewer.geometry import (
+    Alignment,
+    Duplicates,
+    Neighbours,
+    duplicates,
+    encoder_decoder,
+    neighbours,
+    neuron_alignment,
+)
+from viewer.lens import TokenLogits, Vocabulary, logit_histogram_edges, top_logits
+from viewer.storage import DRIVERS, EXAMPLES, LATENTS, RELATED, SCHEMAS, make_lists, make_table, make_words
+
+LOGITS = 10
+_RESIDUAL_KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+
+
+def lowest_activation(dictionary: Dictionary) -> Float32[np.ndarray, " latent"]:
+    """What each latent's activation is above where it fires."""
+    threshold = dictionary.firing_threshold
+    if threshold is None:
+        return np.zeros(dictionary.cfg.d_sae, np.float32)
+    return threshold.detach().float().clamp(min=0).cpu().numpy()
+
+
+def adjacent_sites(dictionaries: Mapping[str, Dictionary], site: str) -> dict[str, str]:
+    """The nearest of these sites of the same kind and width above (`next`) and below (`previous`)."""
+    same = {
+        layer_of(other): other
+        for other, dictionary in dictionaries.items()
+        if kind_of(other) == kind_of(site) and dictionary.cfg.d_out == dictionaries[site].cfg.d_out
+    }
+    above = [layer for layer in same if layer > layer_of(site)]
+    below = [layer for layer in same if layer < layer_of(site)]
+    found = {"next": same[min(above)]} if above else {}
+    return found | ({"previous": same[max(below)]} if below else {})
+
+
+@torch.inference_mode()
+def make_tables(
+    model: HasUnembedding,
+    dictionaries: Mapping[str, Dictionary],
+    site: str,
+    found: Evidence,
+    vocabulary: Vocabulary,
+) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    """A table of each of `storage.SCHEMAS`, and what the manifest says of them.
+
+    `vocabulary` is the model's. A dictionary that does not write to the residual stream has no logits. Other
+    layers' neighbours are found among `dictionaries`, the sites indexed together.
+    """
+    dictionary = dictionaries[site]
+    threshold, (norm, cosine) = dictionary.firing_threshold, encoder_decoder(dictionary)
+    latents = {
+        **found.latents,
+        "threshold": None if threshold is None else threshold.detach().float().cpu().numpy(),
+        "decoder_norm": norm,
+        "encoder_decoder_cosine": cosine,
+        "neuron_alignment": _alignment_column(neuron_alignment(dictionary.W_dec)),
+    }
+    own = neighbours(dictionary.W_dec, dictionary.W_dec, same=True)
+    copies, beside = duplicates(own, found.firings), adjacent_sites(dictionaries, site)
+    latents["duplicate_of"] = _duplicate_of(copies, len(found.firings))
+    facts: dict[str, Any] = {**beside, "duplicates": len(copies.latent), "logits": 0}
+    if _speaks(dictionary, site, model):
+        logits = top_logits(model, dictionary.W_dec, count=LOGITS, vocabulary=vocabulary)
+        latents |= _logit_columns(logits)
+        facts |= {"logits": LOGITS, "logit_histogram_edges": logit_histogram_edges().tolist()}
+    else:
+        none = np.zeros((dictionary.cfg.d_sae, 0), np.float32)
+        latents |= {f"{side}_{name}": none for side in ("top", "bottom") for name in ("tokens", "logits")}
+    near = [("cofiring", site, found.cofiring), ("cosine", site, _listed(own))]
+    for kind, other in sorted(beside.items()):
+        rows = neighbours(dictionary.W_dec, dictionaries[other].W_dec)
+        near.append((kind, other, _listed(rows)))
+    columns = {LATENTS: latents, EXAMPLES: found.examples, DRIVERS: found.drivers, RELATED: _related(near)}
+    return {name: make_table(SCHEMAS[name], table) for name, table in columns.items()}, facts
+
+
+def _listed(near: Neighbours) -> dict[str, np.ndarray]:
+    """Neighbours as columns, a row a pair."""
+    latent, rank = where = np.nonzero(near.ids >= 0)
+    return {"latent": latent, "rank": rank, "other": near.ids[where], "value": near.cosine[where]}
+
+
+def _related(near: Sequence[tuple[str, str, Mapping[str, np.ndarray]]]) -> dict[str, Any]:
+    """Columns of related.parquet, from some of each kind of relation to a site."""
+    order = np.argsort(np.concatenate([columns["latent"] for _, _, columns in near]), kind="stable")
+    part = np.repeat(np.arange(len(near)), [len(columns["latent"]) for _, _, columns in near])[order]
+    joined = {
+        name: np.concatenate([columns[name] for _, _, columns in near])[order]
+        for name in ("latent", "rank", "other", "value")
+    }
+    # only one kind of relation counts tokens
+    counts = [columns.get("count", np.full(len(columns["latent"]), -1)) for _, _, columns in near]
+    count = np.concatenate(counts)[order]
+    return {
+        **joined,
+        "kind": make_words(part, [kind for kind, _, _ in near]),
+        "other_site": make_words(part, [site for _, site, _ in near]),
+        "count": np.ma.masked_where(count < 0, count),
+    }
+
+
+def _duplicate_of(copies: Duplicates, d_sae: int) -> np.ma.MaskedArray:
+    """The smallest latent that each is a copy of; masked where there is none."""
+    first = np.full(d_sae, d_sae, np.int32)
+    np.minimum.at(first, copies.other, copies.latent)
+    return np.ma.masked_where(first == d_sae, first)
+
+
+def _alignment_column(found: Alignment) -> pa.ListArray:
+    columns = {"neuron": found.ids, "value": found.values, "share": found.share}
+    arrays = [pa.array(np.ascontiguousarray(values).reshape(-1)) for values in columns.values()]
+    entries = pa.StructArray.from_arrays(arrays, names=list(columns))
+    return make_lists(np.full(len(found.ids), found.ids.shape[1]), entries)
+
+
+def _logit_columns(found: TokenLogits) -> dict[str, np.ndarray]:
+    half = found.ids.shape[1] // 2
+    sides = {
+        f"{side}_{name}": values[:, span]
+        for side, span in (("top", slice(0, half)), ("bottom", slice(half, None)))
+        for name, values in (("tokens", found.ids), ("logits", found.logits))
+    }
+    spread = {"logit_mean": found.mean, "logit_std": found.std, "logit_skew": found.skew}
+    return {**sides, **spread, "logit_histogram": found.histogram}
+
+
+def _speaks(dictionary: Dictionary, site: str, model: HasUnembedding) -> bool:
+    """Whether it writes to the residual stream, which the unembedding reads."""
+    cfg = dictionary.cfg
+    return (cfg.site_out or site).endswith(_RESIDUAL_KINDS) and cfg.d_out == model.W_U.shape[0]
