@@ -2,14 +2,14 @@
 
     run = viewer.open("runs/demo");  feature = run.layer(9)[123];  feature.examples()
 
-Nothing here needs the language model or Streamlit.
+Nothing here needs the language model or Streamlit; the calls that need the model are in viewer/calls.py.
 """
 
 import functools
 import html
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,11 @@ from sae.errors import UserError
 from train.run_folder import RunFolder
 from viewer import markup
 from viewer.accumulate import histogram_edges
+from viewer.calls import LiveCalls
 from viewer.storage import EXAMPLES, LATENTS, TOKENS, read_manifest, read_rows
+
+if TYPE_CHECKING:
+    from activations.models import LanguageModel
 
 _SCALARS = ["latent", "firings", "density", "mean", "max", "threshold"]
 _METRICS = [
@@ -35,11 +39,12 @@ _METRICS = [
 ]
 
 
-class Run:
+class Run(LiveCalls):
     """A run folder, read only."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, model: "LanguageModel | None" = None) -> None:
         self.folder = folder
+        self._given_model = model
         self.path = folder.path
         self.name = folder.name
 
@@ -236,6 +241,9 @@ class Feature:
         )
 
 
-def open(path: Path | str) -> Run:
-    """Opens a run folder. Raises UserError when it is none."""
-    return Run(RunFolder.open(path))
+def open(path: Path | str, *, model: "LanguageModel | None" = None) -> Run:
+    """Opens a run folder. Raises UserError when it is none.
+
+    `model` is for the calls that need one (trace, steer, ablate, attribute); without it they load the run's.
+    """
+    return Run(RunFolder.open(path), model)
