@@ -133,14 +133,16 @@ class Attribution:
         order = sums["attribution"].abs().sort_values(ascending=False, kind="stable").index
         return sums.loc[order].reset_index(drop=True)
 
-    def verify(self, k: int = 20) -> "Verification":
+    def verify(self, k: int = 20, *, among: int | None = None, seed: int = 0) -> "Verification":
         """Ablates each of the `k` largest attributions alone, at its own token: how far does the value fall?
 
+        With `among`, `k` are drawn from so many largest instead, so that not only extremes are looked at.
         Everything that follows in the model is computed anew; it costs a forward pass of `k` rows.
         """
         if k < 1 or self.frame.empty:
             raise UserError("there must be something to verify", f"{k} of {len(self.frame)}", "give more")
-        top = self.frame.head(k).copy()
+        top = self.frame.head(k if among is None else among)
+        top = top.sample(min(k, len(top)), random_state=seed).sort_index()
         values = [self._ablated(top.iloc[start : start + _ROWS]) for start in range(0, len(top), _ROWS)]
         clean = self._value_of(self._tokens)
         top["measured"] = (clean - torch.cat(values)).numpy()

@@ -4,7 +4,7 @@ The model is loaded when it is first needed, so that a run can be browsed where 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -21,6 +21,7 @@ from train.run_folder import RunFolder
 _FACTS = {"label": "", "max": float("nan"), "density": float("nan")}
 
 
+@runtime_checkable
 class Browsed(Protocol):
     """What is needed of a run: `viewer.features.Run`."""
 

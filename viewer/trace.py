@@ -84,7 +84,7 @@ class Trace:
             place = self.sites.index(str(site)), int(str(position))
             depth[place] = rows["strength"].iloc[0]
             hover[place] = "<br>".join(map(_line, rows.to_dict("records")))
-        return grid(self.tokens, self.sites, depth, hover, "strongest share of highest", _SCALE, (0, 1))
+        return grid(self.tokens, self.sites, depth, hover, "strongest share of highest", _SCALE, (0.0, 1.0))
 
     def __repr__(self) -> str:
         counts = self.frame.groupby("site", sort=False).size().reindex(self.sites, fill_value=0)
