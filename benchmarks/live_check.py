@@ -46,8 +46,7 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 def correlations(found: list[Verification]) -> dict[str, float]:
     """Over all rows, and the median of those within a prompt."""
     rows = Verification(pd.concat([check.frame for check in found], ignore_index=True))
-    early = Verification(rows.frame[rows.frame["layer"] < 3])
-    late = Verification(rows.frame[rows.frame["layer"] >= 3])
+    early, late = (Verification(rows.frame.query(which)) for which in ("layer < 3", "layer >= 3"))
     within = [check.correlation for check in found]
     return {
         "pooled": round(rows.correlation, 3),

@@ -3,6 +3,7 @@
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,7 +39,8 @@ def attribute(
     first order, what the logit would fall by if the feature did not fire at that token. The logit is taken
     above that of `against`, or above the mean of all tokens, since a shift of all logits means nothing. All
     dictionaries stand in the model together with what they miss, so that the model is the one it was, and
-    gradients are those of its whole computation after the feature.
+    gradients are those of its whole computation after the feature. In the first few layers, where a feature
+    is most of what the model knows of a token, it is no small change, and the guess is poor: `verify` tells.
 
     Attributions of different sites overlap: they are not parts of one sum. Targets are single tokens, as
     texts (" Paris", with its space) or ids. Raises UserError for other targets and for an empty text.
@@ -70,7 +72,7 @@ def attribute(
         }
         rows[site] = pd.DataFrame({name: values.numpy() for name, values in found.items()})
     texts = live.strings(tokens[0, keep])
-    frame = live.with_facts(rows)
+    frame: Any = live.with_facts(rows)
     frame["token"] = np.array(texts, dtype=object)[frame["position"].to_numpy()]
     order = frame["attribution"].abs().sort_values(ascending=False, kind="stable").index
     frame = frame.loc[order, _COLUMNS].reset_index(drop=True)
@@ -127,7 +129,7 @@ class Attribution:
     def features(self) -> pd.DataFrame:
         """The same summed over tokens: site, layer, latent, tokens, attribution, label; largest first."""
         groups = self.frame.groupby(["site", "layer", "latent"], sort=False)
-        sums = groups.agg(
+        sums: Any = groups.agg(
             tokens=("position", "size"), attribution=("attribution", "sum"), label=("label", "first")
         ).reset_index()
         order = sums["attribution"].abs().sort_values(ascending=False, kind="stable").index
@@ -174,15 +176,18 @@ class Attribution:
         """Sites by tokens: the sum of attributions; the three largest on hover."""
         depth = np.full((len(self.sites), len(self.tokens)), np.nan)
         hover = np.full(depth.shape, "", dtype=object)
-        for (site, position), rows in self.frame.groupby(["site", "position"], sort=False):
-            place = self.sites.index(str(site)), int(str(position))
+        groups: Any = self.frame.groupby(["site", "position"], sort=False)
+        for (site, position), rows in groups:
+            place = self.sites.index(site), int(position)
             depth[place] = rows["attribution"].sum()
             hover[place] = "<br>".join(map(_line, rows.head(3).to_dict("records")))
         most = float(np.nanmax(np.abs(depth), initial=1e-9))
         return grid(self.tokens, self.sites, depth, hover, "attribution", _SCALE, (-most, most))
 
     def __repr__(self) -> str:
-        shown = self.frame.head(10)[["layer", "position", "token", "latent", "activation", "attribution"]]
+        shown: Any = self.frame.head(10)[
+            ["layer", "position", "token", "latent", "activation", "attribution"]
+        ]
         text = shown.assign(token=shown["token"].map(markup.readable)).to_string(
             index=False, float_format="%.3g"
         )
@@ -215,26 +220,22 @@ class Verification:
     @property
     def correlation(self) -> float:
         """Pearson's, of attribution and measured fall; NaN for fewer than two rows."""
-        return self._correlation(self.frame["attribution"], self.frame["measured"])
+        return _correlation(self.frame[["attribution", "measured"]])
 
     @property
     def rank_correlation(self) -> float:
         """Spearman's."""
-        return self._correlation(self.frame["attribution"].rank(), self.frame["measured"].rank())
-
-    @staticmethod
-    def _correlation(a: pd.Series, b: pd.Series) -> float:
-        return float(a.corr(b)) if len(a) > 1 else float("nan")
+        return _correlation(self.frame[["attribution", "measured"]].rank())
 
     def figure(self) -> go.Figure:
         """Measured fall against attribution, with the line of equality."""
         frame = self.frame
-        low = float(min(frame["attribution"].min(), frame["measured"].min()))
-        high = float(max(frame["attribution"].max(), frame["measured"].max()))
+        both = frame[["attribution", "measured"]].to_numpy()
+        ends = [float(both.min()), float(both.max())]
         figure = go.Figure()
         figure.add_scatter(
-            x=[low, high],
-            y=[low, high],
+            x=ends,
+            y=ends,
             mode="lines",
             line={"color": "#8a8f98", "width": 1},
             hoverinfo="skip",
@@ -249,7 +250,7 @@ class Verification:
                 "colorbar": {"title": "layer"},
                 "size": 8,
             },
-            text=[f"layer {row.layer}, feature {row.latent}" for row in frame.itertuples()],
+            text=[f"layer {row['layer']}, feature {row['latent']}" for row in frame.to_dict("records")],
             hovertemplate="%{text}<br>attribution %{x:.3f}, measured %{y:.3f}<extra></extra>",
         )
         figure.update_xaxes(title="attribution")
@@ -269,6 +270,11 @@ class Verification:
             f"{n} attributions against ablations: correlation {self.correlation:.3f}, "
             f"of ranks {self.rank_correlation:.3f}"
         )
+
+
+def _correlation(pairs: Any) -> float:
+    both = pairs.to_numpy(dtype=float)
+    return float(np.corrcoef(both.T)[0, 1]) if len(both) > 1 else float("nan")
 
 
 def _line(row: dict) -> str:

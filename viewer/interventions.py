@@ -143,7 +143,7 @@ class Intervention:
         frame["token"] = model.token_strings(frame.pop("id").tolist())
         frame["difference"] = frame["loss"] - frame["without"]
         columns = ["text", "position", "token", "loss", "without", "difference", "kl"]
-        order = frame.sort_values(by=["text", "position"], ignore_index=True)
+        order: Any = frame.sort_values(by=["text", "position"], ignore_index=True)
         return LossChange(order[columns], self.name)
 
     def _continued(self, tokens: Tensor, n_new: int, temperature: float, seed: int) -> Int[Tensor, " new"]:
@@ -247,17 +247,17 @@ class LossChange:
     @property
     def loss(self) -> float:
         """Mean with the intervention, per token."""
-        return float(self.frame["loss"].mean())
+        return float(self.frame["loss"].to_numpy().mean())
 
     @property
     def without(self) -> float:
         """Mean without it."""
-        return float(self.frame["without"].mean())
+        return float(self.frame["without"].to_numpy().mean())
 
     @property
     def difference(self) -> float:
         """What the intervention adds to the loss, per token."""
-        return float(self.frame["difference"].mean())
+        return float(self.frame["difference"].to_numpy().mean())
 
     @property
     def standard_error(self) -> float:
@@ -265,7 +265,7 @@ class LossChange:
 
         NaN for a single text.
         """
-        texts = self.frame.groupby("text")["difference"].agg(["sum", "size"])
+        texts: Any = self.frame.groupby("text")["difference"].agg(["sum", "size"])
         n = len(texts)
         if n < 2:
             return math.nan
@@ -290,7 +290,7 @@ def _scored(keep: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos_minus_on
 
 def _highest(live: Live, key: Key) -> float:
     site, latent = key
-    highest = float(live.facts(site)["max"].iloc[latent])
+    highest = float(live.facts(site)["max"].to_numpy()[latent])
     if not highest > 0:
         found = f"no firing of {latent} at {site} in the run's index"
         raise UserError(

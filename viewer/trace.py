@@ -3,6 +3,7 @@
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -39,7 +40,7 @@ def trace(live: Live, text: str, *, sites: Sequence[str] | None = None) -> "Trac
         found = {"position": row, "latent": latent, "activation": latents[row, latent].float()}
         firings[site] = pd.DataFrame({name: values.numpy() for name, values in found.items()})
     texts = live.strings(tokens[0, keep])
-    frame = live.with_facts(firings)
+    frame: Any = live.with_facts(firings)
     frame["token"] = np.array(texts, dtype=object)[frame["position"].to_numpy()]
     return Trace(texts, list(dictionaries), frame[_COLUMNS])
 
@@ -80,8 +81,9 @@ class Trace:
         depth = np.full((len(self.sites), len(self.tokens)), np.nan)
         hover = np.full(depth.shape, "", dtype=object)
         best["strength"] = _strengths(best).clip(0, 1)
-        for (site, position), rows in best.groupby(["site", "position"], sort=False):
-            place = self.sites.index(str(site)), int(str(position))
+        groups: Any = best.groupby(["site", "position"], sort=False)
+        for (site, position), rows in groups:
+            place = self.sites.index(site), int(position)
             depth[place] = rows["strength"].iloc[0]
             hover[place] = "<br>".join(map(_line, rows.to_dict("records")))
         return grid(self.tokens, self.sites, depth, hover, "strongest share of highest", _SCALE, (0.0, 1.0))
@@ -158,7 +160,7 @@ def grid(
     return figure
 
 
-def _strengths(rows: pd.DataFrame) -> pd.Series:
+def _strengths(rows: Any) -> Any:
     """How strongly features fire: of their highest activation, or of their site's strongest of these rows."""
     most = rows.groupby("site")["activation"].transform("max")
     return rows["share"].fillna(rows["activation"] / most)
