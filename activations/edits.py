@@ -38,7 +38,7 @@ def scale(*latents: int, by: float) -> Edit:
     return edit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Addition:
     """The edit that adds to activations at every position, whatever they are there."""
 

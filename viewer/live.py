@@ -47,7 +47,7 @@ class Live:
 
     @property
     def model(self) -> LanguageModel:
-        """The run's language model, in fp32: the effect of one latent drowns in the rounding of bf16.
+        """The run's language model, in fp32: small effects, and generation with a cache, suffer from bf16.
 
         Raises UserError, saying why, when it cannot be had here.
         """
