@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 
-from activations.edits import Edit
+from activations.edits import Addition, Edit
 from activations.models import LanguageModel, special_ids
 from activations.splice import put
 from sae.dictionary import Dictionary
@@ -37,7 +37,7 @@ class spliced:  # in lower case as torch.no_grad is: it is read as a statement
     Without `error_term` the activation becomes the reconstruction. With it, what the dictionary misses is
     kept, which is done by adding nothing but what an edit changes: x + (edited - latents) W_dec, rounded once
     to the model's dtype. So a splice without an edit does not touch a bit, and ablating a latent takes away
-    its activation times its row of W_dec, and nothing else.
+    its activation times its row of W_dec, and nothing else, and steering by s adds s times its row.
     """
 
     latents: Mapping[str, Tensor]
@@ -158,6 +158,12 @@ class _Splice:
         self._stored[self.cfg.site_out] = partial(self._encode_later, x_in.detach(), keep)
         if self._error_term and self._edit is None and not self._gradients:
             return None
+        if self._error_term and isinstance(self._edit, Addition) and not self._gradients:
+            # without going by the activations: (a + s) - a is s only to rounding
+            added = self._edit.written(dictionary.W_dec).to(x_out.device)
+            return (x_out + (added if keep is None else torch.where(keep.to(added.device), added, 0))).to(
+                x_out.dtype
+            )
         encoded = self._encode(x_in, keep)
         latents = self._recorded(encoded) if self._gradients else encoded
         edited = self._edited(latents)

@@ -138,13 +138,14 @@ class LanguageModel:
             self.run_body(tokens)
         return {site: found[site] for site in sites}
 
-    @torch.inference_mode()
-    def run_body(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        """The hidden states after the final norm: everything but the logits."""
+    def run_body(
+        self, tokens: Int[Tensor, "batch pos"], *, gradients: bool = False
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The hidden states after the final norm: everything but the logits. `gradients` records the pass."""
         if tokens.shape[1] > self.max_context:
             must = f"{self.name} reads at most {self.max_context} tokens at once"
             raise UserError(must, f"{tokens.shape[1]} tokens", "use a shorter context")
-        with self._plain_norms():
+        with torch.inference_mode(not gradients), self._plain_norms():
             return self._body(tokens.to(self.device), use_cache=False).last_hidden_state
 
     @contextmanager

@@ -1,0 +1,70 @@
+"""The calls of a run that need its language model, which is loaded by the first of them.
+
+Browsing a run needs neither the model nor the packages that run it, so they are imported within.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from activations.models import LanguageModel
+    from viewer.attribution import Attribution
+    from viewer.interventions import Intervention
+    from viewer.live import Live
+    from viewer.trace import Trace
+
+
+class LiveCalls:
+    """What a run does with its language model. Features are `Feature`s, or (site or layer, latent) pairs."""
+
+    _given_model: "LanguageModel | None" = None
+
+    @functools.cached_property
+    def _live(self) -> "Live":
+        from viewer.live import Live
+
+        return Live(self, self._given_model)  # pyright: ignore[reportArgumentType]  # a Run, which mixes it in
+
+    @property
+    def model(self) -> "LanguageModel":
+        """The run's language model, loaded on first use in fp32; UserError, with why, if it cannot be had."""
+        return self._live.model
+
+    def trace(self, text: str, *, sites: Sequence[str] | None = None) -> "Trace":
+        """Which features fire on a text, at every site and token: `.frame`, `.top()`, `.heatmap()`."""
+        from viewer.trace import trace
+
+        return trace(self._live, text, sites=sites)
+
+    def steer(self, strengths: Mapping[Any, float], *, unit: str = "max") -> "Intervention":
+        """The model with features added at every token: `.generate`, `.next_tokens`, `.logits`, `.loss`.
+
+        A strength of 1 adds a feature's highest activation on the indexed text times its decoder row; with
+        `unit="absolute"`, exactly its decoder row.
+        """
+        from viewer.interventions import steering
+
+        return steering(self._live, strengths, unit=unit)
+
+    def ablate(self, *features: Any) -> "Intervention":
+        """The model without features: `.generate`, `.next_tokens`, `.logits`, `.loss`."""
+        from viewer.interventions import ablation
+
+        return ablation(self._live, features)
+
+    def attribute(
+        self,
+        text: str,
+        target: str | int,
+        *,
+        against: str | int | None = None,
+        sites: Sequence[str] | None = None,
+    ) -> "Attribution":
+        """Which features raise a next token, gradient times activation: `.frame`, `.features()`, `.verify()`.
+
+        Of the target's logit above the mean of all, or above that of `against`.
+        """
+        from viewer.attribution import attribute
+
+        return attribute(self._live, text, target, against=against, sites=sites)

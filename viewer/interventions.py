@@ -1,0 +1,306 @@
+"""Interventions: what the model writes and loses when features are steered or ablated."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from activations.edits import Addition, Edit, ablate
+from activations.hooks import spliced
+from activations.losses import next_token_losses
+from sae.errors import UserError
+from viewer import markup
+from viewer.live import Key, Live
+
+_CONTEXT = 256
+_ROWS = 8
+
+
+def steering(live: Live, strengths: Mapping[Any, float], *, unit: str = "max") -> "Intervention":
+    """Adds to features' activations at every ordinary token: each one's decoder row, so many times.
+
+    A strength of 1 is the feature's highest activation on the indexed text, so that strengths mean the same
+    for features and models of any scale; with `unit="absolute"` it is 1 in the model's own units. Negative
+    ones push the other way. Features are `Feature` objects, or pairs of a site or layer and a latent. Raises
+    UserError for features that the run does not have, and for unit max where the index knows no maximum.
+    """
+    if unit not in ("max", "absolute"):
+        raise UserError("the unit must be max or absolute", repr(unit), "choose one of them")
+    keys = live.keys(list(strengths))
+    added: dict[str, dict[int, float]] = {}
+    names = []
+    for (site, latent), strength in zip(keys, strengths.values(), strict=True):
+        if not math.isfinite(strength):
+            raise UserError(
+                "a strength must be a finite number", f"{strength} for {latent} at {site}", "give one"
+            )
+        scale = _highest(live, (site, latent)) if unit == "max" else 1.0
+        added.setdefault(site, {})[latent] = strength * scale
+        names.append(f"{latent} at {site} {strength:+g}{' x its highest' if unit == 'max' else ''}")
+    edits = {site: Addition(latents) for site, latents in added.items()}
+    return Intervention(live, edits, f"steered: {', '.join(names)}")
+
+
+def ablation(live: Live, features: Sequence[Any]) -> "Intervention":
+    """Features do not fire: each activation times its decoder row is taken away, and nothing else.
+
+    Raises UserError for features that the run does not have.
+    """
+    removed: dict[str, list[int]] = {}
+    for site, latent in live.keys(features):
+        removed.setdefault(site, []).append(latent)
+    names = [f"{latent} at {site}" for site, latents in removed.items() for latent in latents]
+    edits = {site: ablate(*latents) for site, latents in removed.items()}
+    return Intervention(live, edits, f"ablated: {', '.join(names)}")
+
+
+class Intervention:
+    """The model with features steered or ablated. What the dictionaries miss is kept, bit for bit.
+
+    The model itself is never changed: hooks stand in it while a call runs.
+    """
+
+    def __init__(self, live: Live, edits: Mapping[str, Edit], name: str) -> None:
+        """`edits` go by the run's sites."""
+        self._live = live
+        self._edits = edits
+        self.name = name
+
+    def at_work(self) -> AbstractContextManager[Any]:
+        """Within it the run's model (`run.model`) has the intervention, whatever runs it."""
+        made = self._live.dictionaries(list(self._edits))
+        edits = {made[site].cfg.site_out: edit for site, edit in self._edits.items()}
+        return spliced(self._live.model, made.values(), error_term=True, edit=edits)
+
+    def generate(
+        self, prompt: str, *, max_new_tokens: int = 40, temperature: float = 0.0, seed: int = 0
+    ) -> "Generation":
+        """How the model goes on from a prompt with the intervention and without, side by side.
+
+        A temperature of 0 takes the likeliest token each time; above it both sides draw from the same seed.
+        Raises UserError for a prompt that is empty, or too long for that many more tokens.
+        """
+        tokens = self._live.tokens(prompt)
+        limit = self._live.model.max_context
+        if tokens.shape[1] + max_new_tokens > limit:
+            found = f"{tokens.shape[1]} tokens and {max_new_tokens} new ones"
+            raise UserError(f"{self._live.model.name} reads at most {limit} tokens", found, "ask for fewer")
+        texts = []
+        for context in (self.at_work(), nullcontext()):
+            with context:
+                new = self._continued(tokens, max_new_tokens, temperature, seed)
+            texts.append(self._live.model.tokenizer.decode(new.tolist(), skip_special_tokens=True))
+        return Generation(prompt, texts[0], texts[1], self.name)
+
+    def logits(self, text: str) -> Float[Tensor, "pos d_vocab"]:
+        """Logits at each token of a text, BOS first, with the intervention."""
+        tokens = self._live.tokens(text)
+        with self.at_work():
+            return self._live.model.unembed(self._live.model.run_body(tokens))[0]
+
+    def next_tokens(self, text: str, k: int = 10) -> pd.DataFrame:
+        """The likeliest next tokens, with the intervention and without.
+
+        Columns token, id, probability, without, and ratio of the two; the `k` likeliest of either side.
+        """
+        model, tokens = self._live.model, self._live.tokens(text)
+        found = []
+        for context in (self.at_work(), nullcontext()):
+            with context:
+                found.append(model.unembed(model.run_body(tokens)[0, -1]).float().softmax(-1).cpu())
+        here, without = found
+        ids = torch.cat([side.topk(min(k, len(side))).indices for side in found]).unique()
+        frame = pd.DataFrame(
+            {
+                "token": model.token_strings(ids.tolist()),
+                "id": ids.numpy(),
+                "probability": here[ids].numpy(),
+                "without": without[ids].numpy(),
+                "ratio": (here[ids] / without[ids]).numpy(),
+            }
+        )
+        return frame.sort_values(by="probability", ascending=False, ignore_index=True)
+
+    def loss(self, texts: str | Sequence[str], *, context: int = _CONTEXT) -> "LossChange":
+        """The loss of the next token on texts, with the intervention and without, token by token.
+
+        Texts longer than `context` tokens are read in pieces, each behind BOS. Scored are ordinary tokens
+        whose next token is ordinary, as in the evaluation. Raises UserError when there is none.
+        """
+        model = self._live.model
+        pieces = self._pieces([texts] if isinstance(texts, str) else list(texts), context)
+        tables = [self._losses(pieces[n : n + _ROWS]) for n in range(0, len(pieces), _ROWS)]
+        frame = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        if not len(frame):
+            raise UserError("texts must hold two tokens in a row", "none that could be scored", "give others")
+        frame["token"] = model.token_strings(frame.pop("id").tolist())
+        frame["difference"] = frame["loss"] - frame["without"]
+        columns = ["text", "position", "token", "loss", "without", "difference", "kl"]
+        order: Any = frame.sort_values(by=["text", "position"], ignore_index=True)
+        return LossChange(order[columns], self.name)
+
+    def _continued(self, tokens: Tensor, n_new: int, temperature: float, seed: int) -> Int[Tensor, " new"]:
+        devices = [self._live.model.device] if self._live.model.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            made: Any = self._live.model.bridge.generate(
+                tokens.to(self._live.model.device),
+                max_new_tokens=n_new,
+                do_sample=temperature > 0,
+                temperature=temperature or 1.0,
+                return_type="tokens",
+                verbose=False,
+            )
+        return made[0, tokens.shape[1] :].cpu()
+
+    def _pieces(self, texts: Sequence[str], context: int) -> list[tuple[int, int, list[int]]]:
+        """(text, position of the first token, token ids) of each piece, long ones first."""
+        model = self._live.model
+        front = [] if model.bos_id is None else [model.bos_id]
+        room = min(context, model.max_context) - len(front)
+        if room < 2:
+            raise UserError("a context must have room for two tokens", str(context), "give a larger one")
+        pieces = []
+        for number, text in enumerate(texts):
+            ids = model.encode(text)
+            pieces += [
+                (number, start, front + ids[start : start + room]) for start in range(0, len(ids), room)
+            ]
+        return sorted(pieces, key=lambda piece: -len(piece[2]))
+
+    def _losses(self, pieces: Sequence[tuple[int, int, list[int]]]) -> pd.DataFrame:
+        """A row a scored token of pieces that run as one batch; `id` is the token's."""
+        model = self._live.model
+        longest = max(len(ids) for _, _, ids in pieces)
+        # behind the text, where causal attention does not look
+        filler = int(model.special_ids[0]) if model.special_ids else 0
+        tokens = torch.tensor([ids + [filler] * (longest - len(ids)) for _, _, ids in pieces])
+        there = torch.tensor([[p < len(ids) for p in range(longest)] for _, _, ids in pieces])
+        scored = _scored(self._live.ordinary(tokens) & there)
+        with self.at_work():
+            changed = model.run_body(tokens)
+        rows = scored.to(changed.device)
+        finals = torch.stack([model.run_body(tokens)[:, :-1][rows], changed[:, :-1][rows]])
+        targets = tokens[:, 1:][scored]
+        ce, kl = (values.cpu() for values in next_token_losses(model, finals, targets))
+        piece, position = scored.nonzero(as_tuple=True)
+        first = torch.tensor([start for _, start, _ in pieces])
+        n_front = int(model.bos_id is not None)
+        columns = {
+            "text": torch.tensor([number for number, _, _ in pieces])[piece],
+            "position": first[piece] + position + 1 - n_front,
+            "id": targets,
+            "loss": ce[1],
+            "without": ce[0],
+            "kl": kl[1],
+        }
+        return pd.DataFrame({name: values.numpy() for name, values in columns.items()})
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A text as it goes on with an intervention and without."""
+
+    prompt: str
+    text: str
+    """What the model wrote with the intervention."""
+    without: str
+    name: str
+    """The intervention's."""
+
+    def __repr__(self) -> str:
+        return f"{self.name}\n  {self.prompt!r} ...\n  with:    {self.text!r}\n  without: {self.without!r}"
+
+    def _repr_html_(self) -> str:
+        columns = "".join(
+            f'<div style="flex:1 1 16rem"><div class="js-h">{head}</div>'
+            f'<p style="white-space:pre-wrap;overflow-wrap:anywhere;margin:0">'
+            f"<span class=js-m>{_shown(self.prompt)}</span>{_shown(text)}</p></div>"
+            for head, text in (("with", self.text), ("without", self.without))
+        )
+        return (
+            f'{markup.STYLE}<div class="js-card"><h4>{html.escape(self.name)}</h4>'
+            f'<div style="display:flex;gap:2rem;flex-wrap:wrap">{columns}</div></div>'
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LossChange:
+    """The loss of the next token with an intervention and without, in nats."""
+
+    frame: pd.DataFrame
+    """A row a scored token: text, position and token (the one predicted; BOS does not count), loss, without,
+    difference, and kl, the divergence KL(without || with) of the predictions."""
+    name: str
+    """The intervention's."""
+
+    @property
+    def loss(self) -> float:
+        """Mean with the intervention, per token."""
+        return float(self.frame["loss"].to_numpy().mean())
+
+    @property
+    def without(self) -> float:
+        """Mean without it."""
+        return float(self.frame["without"].to_numpy().mean())
+
+    @property
+    def difference(self) -> float:
+        """What the intervention adds to the loss, per token."""
+        return float(self.frame["difference"].to_numpy().mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Of the difference: paired, and by text, since tokens of a text are no independent draws.
+
+        NaN for a single text.
+        """
+        texts: Any = self.frame.groupby("text")["difference"].agg(["sum", "size"])
+        n = len(texts)
+        if n < 2:
+            return math.nan
+        # of a ratio of sums, since texts differ in length
+        rest = texts["sum"] - self.difference * texts["size"]
+        return math.sqrt(float((rest**2).sum()) * n / (n - 1)) / len(self.frame)
+
+    def __repr__(self) -> str:
+        error = self.standard_error
+        more = f" ± {markup.number(error)}" if math.isfinite(error) else ""
+        n_texts = self.frame["text"].nunique()
+        return (
+            f"{self.name}\n  loss {self.loss:.4f}, without {self.without:.4f}, difference "
+            f"{self.difference:+.4g}{more} nats a token, {len(self.frame):,} tokens of {n_texts} texts"
+        )
+
+
+def _scored(keep: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos_minus_one"]:
+    """Positions that are kept and whose next one is."""
+    return keep[:, :-1] & keep[:, 1:]
+
+
+def _highest(live: Live, key: Key) -> float:
+    site, latent = key
+    highest = float(live.facts(site)["max"].to_numpy()[latent])
+    if not highest > 0:
+        found = f"no firing of {latent} at {site} in the run's index"
+        raise UserError(
+            "a strength in units of a feature's highest activation needs one", found, 'give unit="absolute"'
+        )
+    return highest
+
+
+def _shown(text: str) -> str:
+    return "".join(
+        part if part == "\n" else html.escape(markup.readable(part, alone=False)) if part else ""
+        for part in text.replace("\n", "\0\n\0").split("\0")
+    )
