@@ -165,7 +165,7 @@ def test_every_architecture_can_be_indexed_and_browsed(architecture, tmp_path):
         site: dictionary_of(architecture, d_in=16, d_sae=24, site_in=site, model="fake") for site in SITES
     }
     blocks = fake_blocks()
-    build_index(FakeModel(), dictionaries, blocks, run.index_dir, examples=4, context_tokens=3)
+    build_index(FakeModel(), dictionaries, lambda start: blocks, run.index_root, text={}, examples=4)
     site, made = open_run(run.path).layer(0), dictionaries[SITES[0]]
     x = torch.cat([FakeModel().activations(b.tokens, SITES)[SITES[0]][b.keep] for b in blocks])
     fired = (made.encode(x) > 0).sum(0)

@@ -227,12 +227,14 @@ class ImportOptions:
 class ExportOptions:
     """Write a dictionary in another library's format, with a model card.
 
-    What the format cannot express is refused, never dropped.
+    What the format cannot express is refused, never dropped. `neuronpedia` is a format of pages about
+    features, not of dictionaries: it is made from the feature index of a run's site.
     """
 
     source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DICT")]]
-    """The folder of a dictionary in any format that `jumpscope import` reads, or an id."""
-    to: Literal["saelens", "gemma-scope", "gemma-scope-2", "dictionary-learning", "sparsify"]
+    """The folder of a dictionary in any format that `jumpscope import` reads, or an id. For neuronpedia,
+    RUN/sites/SITE, or a site's folder in an index."""
+    to: Literal["saelens", "gemma-scope", "gemma-scope-2", "dictionary-learning", "sparsify", "neuronpedia"]
     """The format."""
     out: str
     """The folder to write."""
