@@ -57,7 +57,8 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "run"
     parameters = {
         "MODEL": model, "CORPUS": corpus, "RUN": str(out), "LAYERS": "0-2",
-        "WIDTH": 64, "L0": 6, "TOKENS": 600, "MORE": ["--passes=2", "--context=32", "--batch=64", "--dtype=float32"],
+        "WIDTH": 64, "L0": 6, "TOKENS": 600,
+        "MORE": ["--passes=2", "--context=32", "--batch=64", "--dtype=float32"],
         "EVAL_TOKENS": 300, "INDEX_TOKENS": 1_000,
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
