@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--dtype", default="fp32")
     args = parser.parse_args()
-    name = viewer.open(args.run).folder.config()["model"]
+    name = viewer.open(args.run).config()["model"]
     run = viewer.open(args.run, model=load_model(name, dtype=args.dtype, progress=False))
     first, first_s = timed(lambda: run.trace(TEXT))
     _, trace_s = timed(lambda: run.trace(TEXT))

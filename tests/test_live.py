@@ -321,7 +321,7 @@ def test_features_of_another_run_are_refused(tmp_path, run):
 
     class Fake:
         class site:
-            name, folder = SITE, other.folder.index_dir(SITE)
+            name, index = SITE, other.index
 
         latent = 3
 

@@ -11,25 +11,25 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-import sae
 from activations.models import LanguageModel, load_model
 from activations.sites import layer_of, site_label
 from sae.dictionary import Dictionary
 from sae.errors import UserError
-from train.run_folder import RunFolder
 
 _FACTS = {"label": "", "max": float("nan"), "density": float("nan")}
 
 
 @runtime_checkable
 class Browsed(Protocol):
-    """What is needed of a run: `viewer.features.Run`."""
+    """What is needed of a run: `viewer.runs.Run`."""
 
-    folder: RunFolder
+    index: Any
 
     @property
     def sites(self) -> list[str]: ...
     def site(self, name: str) -> Any: ...
+    def dictionary(self, site: str) -> Dictionary: ...
+    def config(self) -> dict[str, Any]: ...
 
 
 Key = tuple[str, int]
@@ -52,7 +52,7 @@ class Live:
         Raises UserError, saying why, when it cannot be had here.
         """
         if self._model is None:
-            name = self.run.folder.config().get("model") or self.dictionary(self.run.sites[0]).cfg.model
+            name = self.run.config().get("model") or self.dictionary(self.run.sites[0]).cfg.model
             try:
                 with torch.inference_mode(False):  # weights born in it could never take part in a gradient
                     self._model = load_model(name, dtype="fp32", progress=False)
@@ -66,15 +66,10 @@ class Live:
 
     def dictionary(self, site: str) -> Dictionary:
         """The dictionary of one of the run's sites, on the model's device once that is loaded."""
-        if site not in self.run.sites:
-            raise UserError(
-                "the site must be one of the run's", repr(site), f"choose from {', '.join(self.run.sites)}"
-            )
         if site not in self._dictionaries:
-            device = "cpu" if self._model is None else str(self._model.device)
+            device = "cpu" if self._model is None else self._model.device
             with torch.inference_mode(False):
-                found = sae.load(self.run.folder.site_dir(site), device=device)
-                self._dictionaries[site] = found.requires_grad_(False)
+                self._dictionaries[site] = self.run.dictionary(site).to(device).requires_grad_(False)
         return self._dictionaries[site]
 
     def dictionaries(self, sites: Sequence[str] | None = None) -> dict[str, Dictionary]:
@@ -137,8 +132,8 @@ class Live:
     def _key(self, feature: Any) -> Key:
         if not isinstance(feature, tuple):
             site = feature.site
-            if site.name not in self.run.sites or site.folder != self.run.folder.index_dir(site.name):
-                found = f"latent {feature.latent} of {site.folder}"
+            if site.index is not self.run.index:
+                found = f"latent {feature.latent} of {site.name} in {site.index.home}"
                 raise UserError("the features must be of this run", found, "take them from this run")
             return site.name, int(feature.latent)
         place, latent = feature

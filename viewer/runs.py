@@ -5,7 +5,7 @@ run = viewer.open("runs/demo");  run.layer(9)[123];  run.find(token=" Paris");  
 
 import html
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -14,11 +14,15 @@ from activations.sites import kind_of, layer_of, site_label
 from sae.errors import UserError
 from train.run_folder import RUN, RunFolder
 from viewer import find, markup
+from viewer.calls import LiveCalls
 from viewer.compare import Comparison, compare
 from viewer.features import Feature, Site
 from viewer.query import query
 from viewer.storage import MANIFEST, TEXTS
 from viewer.tables import IndexFolder
+
+if TYPE_CHECKING:
+    from activations.models import LanguageModel
 
 _METRICS = [
     "l0",
@@ -33,10 +37,13 @@ _METRICS = [
 ]
 
 
-class Run:
+class Run(LiveCalls):
     """A run folder, or a folder with an index only. Reads all; writes nothing but labels and notes."""
 
-    def __init__(self, path: Path, index: Path, folder: RunFolder | None) -> None:
+    def __init__(
+        self, path: Path, index: Path, folder: RunFolder | None, model: "LanguageModel | None" = None
+    ) -> None:
+        self._given_model = model
         self.path = path
         self.name = path.resolve().name
         self.folder = folder
@@ -237,8 +244,11 @@ class Run:
         )
 
 
-def open(path: Path | str) -> Run:
-    """Opens a run folder, or an index without a run (or one site of it). Raises UserError for others."""
+def open(path: Path | str, *, model: "LanguageModel | None" = None) -> Run:
+    """Opens a run folder, or an index without a run (or one site of it). Raises UserError for others.
+
+    `model` is for the calls that need one (trace, steer, ablate, attribute); without it they load the run's.
+    """
     path = Path(path)
     if not (path / RUN).is_file():
         # a dictionary's folder with its index, the index, or one site of it
@@ -247,6 +257,6 @@ def open(path: Path | str) -> Run:
                 path = index.parent
                 break
             if (index / TEXTS / MANIFEST).is_file():
-                return Run(home, index, None)
+                return Run(home, index, None, model)
     folder = RunFolder.open(path)
-    return Run(folder.path, folder.path / "index", folder)
+    return Run(folder.path, folder.path / "index", folder, model)
