@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -24,8 +23,9 @@ from viewer.evidence import DENSE, TextRows, gather_evidence
 from viewer.histogram import BINS_PER_OCTAVE, histogram_edges
 from viewer.lens import Vocabulary
 from viewer.parts import Parts
-from viewer.site_tables import lowest_activation, make_tables
+from viewer.site_tables import Common, TokenStrings, lowest_activation, make_tables
 from viewer.storage import LATENTS
+from viewer.words import Reading
 
 
 @runtime_checkable
@@ -168,27 +168,33 @@ class IndexBuilder:
             if writing and progress:
                 progress(written, self.n_latents)
 
-        vocabulary = Vocabulary.of(self.model, self.n_latents)
+        strings = TokenStrings(self.model.token_strings)
+        strings.add(rows.texts.tokens)
+        common = Common(
+            model=self.model,
+            dictionaries=self.dictionaries,
+            vocabulary=Vocabulary.of(self.model, self.n_latents),
+            strings=strings,
+            reading=Reading.of(rows.texts, strings),
+        )
         # one site is written while the next one's evidence is gathered
         with ThreadPoolExecutor(max_workers=1) as writer:
             for site in self.dictionaries:
-                work = (
-                    None if self._is_written(site, checksum) else self._make(site, rows, checksum, vocabulary)
-                )
+                work = None if self._is_written(site, checksum) else self._make(site, rows, checksum, common)
                 wait(writing)
                 writing = writer.submit(self._write_site, site, work)
             wait(writing)
-        self._write_tokens(rows)
+        self._write_tokens(strings)
         self._parts.remove()
         return {site: self.out / site for site in self.dictionaries}
 
-    def _make(self, site: str, rows: TextRows, checksum: str, vocabulary: Vocabulary) -> dict[str, Any]:
+    def _make(self, site: str, rows: TextRows, checksum: str, common: Common) -> dict[str, Any]:
         """What `storage.write_site` takes."""
         dictionary = self.dictionaries[site]
         found = gather_evidence(
             self._parts.lists(site), rows, lowest=lowest_activation(dictionary), examples=self._examples
         )
-        tables, facts = make_tables(self.model, self.dictionaries, site, found, vocabulary)
+        tables, facts = make_tables(common, site, found)
         cfg, states = dictionary.cfg, found.latents["state"]
         manifest = {
             **self._identity(site, checksum),
@@ -235,14 +241,13 @@ class IndexBuilder:
             storage.write_site(self.out / site, **work)
         return self.dictionaries[site].cfg.d_sae
 
-    def _write_tokens(self, rows: TextRows) -> None:
+    def _write_tokens(self, strings: TokenStrings) -> None:
         """The text of all tokens that the index names, those of sites from an earlier build too."""
-        ids = [np.unique(rows.texts.tokens)]
         for path in self.out.glob(f"*/{LATENTS}"):
             named = storage.read_rows(path, columns=["top_tokens", "bottom_tokens"])
-            ids += [column.combine_chunks().flatten().to_numpy() for column in named.columns]
-        every = np.unique(np.concatenate(ids)).tolist()
-        storage.write_tokens(self.out, dict(zip(every, self.model.token_strings(every), strict=True)))
+            for column in named.columns:
+                strings.add(column.combine_chunks().flatten().to_numpy())
+        storage.write_tokens(self.out, strings)
 
     def _check_others(self) -> None:
         """Raises UserError when sites that are not indexed now are of another text."""

@@ -1,12 +1,13 @@
 """The tables of one site's index, from the evidence of its firings and from its weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 
 from activations.int8 import HasUnembedding
 from activations.sites import kind_of, layer_of
@@ -21,8 +22,10 @@ from viewer.geometry import (
     neighbours,
     neuron_alignment,
 )
+from viewer.labels import make_labels
 from viewer.lens import TokenLogits, Vocabulary, logit_histogram_edges, top_logits
 from viewer.storage import DRIVERS, EXAMPLES, LATENTS, RELATED, SCHEMAS, make_lists, make_table, make_words
+from viewer.words import Reading
 
 LOGITS = 10
 _RESIDUAL_KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
@@ -49,19 +52,38 @@ def adjacent_sites(dictionaries: Mapping[str, Dictionary], site: str) -> dict[st
     return found | ({"previous": same[max(below)]} if below else {})
 
 
+class TokenStrings(dict[int, str]):
+    """The text of tokens, each decoded once."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], Sequence[str]]) -> None:
+        super().__init__()
+        self._decode = decode
+
+    def add(self, ids: Int[np.ndarray, "..."]) -> None:
+        """Decodes those of some tokens that are not known yet."""
+        new = [token for token in np.unique(ids).tolist() if token not in self]
+        self.update(zip(new, self._decode(new), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Common:
+    """What all sites of an index have in common."""
+
+    model: HasUnembedding
+    dictionaries: Mapping[str, Dictionary]
+    """The sites that are indexed together; neighbours in other layers are found among them."""
+    vocabulary: Vocabulary
+    strings: TokenStrings
+    reading: Reading
+
+
 @torch.inference_mode()
-def make_tables(
-    model: HasUnembedding,
-    dictionaries: Mapping[str, Dictionary],
-    site: str,
-    found: Evidence,
-    vocabulary: Vocabulary,
-) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+def make_tables(common: Common, site: str, found: Evidence) -> tuple[dict[str, pa.Table], dict[str, Any]]:
     """A table of each of `storage.SCHEMAS`, and what the manifest says of them.
 
-    `vocabulary` is the model's. A dictionary that does not write to the residual stream has no logits. Other
-    layers' neighbours are found among `dictionaries`, the sites indexed together.
+    A dictionary that does not write to the residual stream has no logits.
     """
+    model, dictionaries = common.model, common.dictionaries
     dictionary = dictionaries[site]
     threshold, (norm, cosine) = dictionary.firing_threshold, encoder_decoder(dictionary)
     latents = {
@@ -76,12 +98,18 @@ def make_tables(
     latents["duplicate_of"] = _duplicate_of(copies, len(found.firings))
     facts: dict[str, Any] = {**beside, "duplicates": len(copies.latent), "logits": 0}
     if _speaks(dictionary, site, model):
-        logits = top_logits(model, dictionary.W_dec, count=LOGITS, vocabulary=vocabulary)
+        logits = top_logits(model, dictionary.W_dec, count=LOGITS, vocabulary=common.vocabulary)
         latents |= _logit_columns(logits)
         facts |= {"logits": LOGITS, "logit_histogram_edges": logit_histogram_edges().tolist()}
     else:
-        none = np.zeros((dictionary.cfg.d_sae, 0), np.float32)
+        none = np.zeros((dictionary.cfg.d_sae, 0), np.int32)
         latents |= {f"{side}_{name}": none for side in ("top", "bottom") for name in ("tokens", "logits")}
+    top = latents["top_tokens"] if facts["logits"] else None
+    common.strings.add(latents["top_tokens"])
+    common.strings.add(latents["bottom_tokens"])
+    labels = make_labels(found.firings, common.reading, top_tokens=top, strings=common.strings)
+    latents |= {"label": labels.text, "label_evidence": labels.evidence}
+    latents |= {"label_kind": labels.kind, "label_share": labels.share}
     near = [("cofiring", site, found.cofiring), ("cosine", site, _listed(own))]
     for kind, other in sorted(beside.items()):
         rows = neighbours(dictionary.W_dec, dictionaries[other].W_dec)

@@ -60,6 +60,8 @@ LATENTS_SCHEMA = pa.schema(
         ),
         _field("label", pa.string(), "automatic label, made from the other columns without a language model"),
         _field("label_evidence", pa.string(), "what the label rests on"),
+        _field("label_kind", pa.string(), "silent, rare, mixed, or the property of the text that it names"),
+        _field("label_share", pa.float32(), "of its activation, what the label explains"),
         _field("firings", pa.int64(), "tokens on which it fires"),
         _field("density", pa.float64(), "firings over tokens"),
         _field("log10_density", pa.float32(), "null for a silent latent"),
