@@ -258,13 +258,14 @@ def _norms(base: Candidate) -> Iterator[Candidate]:
     changes: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         "the decoder's norms count twice": ((), ("W_dec",)),
         "the decoder's norms are missing in the encoder": (enc, ()),
-        "latents are compared in units of the decoder's norms": (enc, ("W_dec",)),
     }
     if "threshold" in tensors_of(made):
         changes |= {
             "the thresholds are in units of the decoder's norms": (("threshold",), ()),
             "the thresholds have the decoder's norms in them": ((), ("threshold",)),
         }
+    else:  # with thresholds it would be the same as dividing them
+        changes["latents are compared in units of the decoder's norms"] = enc, ("W_dec",)
     for what, (times, over) in changes.items():
         change = functools.partial(_renormed, times=times, over=over)
         line = [f"{', '.join(times)} *= norms"] * bool(times) + [f"{', '.join(over)} /= norms"] * bool(over)
