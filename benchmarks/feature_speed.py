@@ -28,8 +28,8 @@ import viewer
 from sae.dictionary import parameter_shapes
 from sae.numbers import parse_count, parse_width
 from train.run_folder import RunFolder
-from viewer.histogram import N_BINS
 from viewer.firings import Firings, Texts
+from viewer.histogram import N_BINS
 from viewer.storage import SCHEMAS, make_lists, make_table, write_site, write_texts, write_tokens
 
 CONTEXT, VOCABULARY, TOP, BANDED = 128, 50_000, 20, 25
@@ -92,7 +92,7 @@ def measure(folder: Path, times: int) -> dict[str, dict[str, float]]:
         "label": lambda f: f.label,
         "label = ...": relabel,
     }
-    words = [f" word{n}" for n in np.unique(np.geomspace(1, 2000, 3 * times).astype(int))]
+    words = [f" word{n}" for n in np.unique(run.index.texts.tokens[run.index.texts.keep])[: 20 * times]]
     taken = {"open a site": [_timed(functools.partial(run.site, site)) for site in run.sites]}
     taken |= {"run.layer(l)[i]": [_timed(feature) for _ in range(times)]}
     for name, call in on_feature.items():
