@@ -275,7 +275,7 @@ def _timed(call: Callable[[], object]) -> tuple[float, float]:
 
 
 def _summary(taken: list[tuple[float, float]]) -> dict[str, float]:
-    cpu, wall = ([t[n] for t in taken[1:]] for n in (0, 1))
+    cpu, wall = ([t[n] for t in taken[1:] or taken] for n in (0, 1))
     return {
         "first_cpu_ms": round(taken[0][0], 2),
         "median_cpu_ms": round(statistics.median(cpu), 2),
