@@ -6,6 +6,8 @@ import io
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
@@ -23,6 +25,13 @@ CONVERTER_VERSION = 1
 """Counts changes to what a conversion writes; older copies are then converted again."""
 
 _MANIFEST = "jumpscope.json"
+_VOCABULARY = "tokenizer.ggml.tokens"
+# tokens from which on another process for the tokenizer pays for its start
+_LARGE_VOCABULARY = 65_536
+_ASIDE = (
+    "import sys; from pathlib import Path; from activations.convert import convert_tokenizer; "
+    "convert_tokenizer(Path(sys.argv[1]), Path(sys.argv[2]))"
+)
 logger = logging.getLogger("jumpscope")
 
 
@@ -64,19 +73,21 @@ def converted_folder(folder: Path, fetch: Callable[[Path], Path], *, note: str, 
 def convert(gguf: Path, folder: Path, *, progress: bool) -> None:
     """Writes model and tokenizer of a .gguf file to a new folder, with a manifest, flushed to the disk."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     head = check_whole(gguf)
     # bf16 holds whatever precision a quantised file has; 16 and 32 bit floats keep their own
     dtype = torch.float32 if head.exact else torch.bfloat16
     logger.info("Converting %s (once; this takes about a minute for 270M parameters).", gguf.name)
     folder.mkdir()
-    with nullcontext() if progress else quiet(), _head_read_once():
+    large = (head.metadata.get(_VOCABULARY) or 0) >= _LARGE_VOCABULARY
+    with nullcontext() if progress else quiet(), _head_read_once(), _aside(large, gguf, folder) as converted:
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=dtype, local_files_only=True, **_dequantize()
             )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+            if not converted():
+                _save_tokenizer(gguf, folder)
         except (ValueError, KeyError, NotImplementedError) as error:
             architecture = head.metadata.get("general.architecture")
             found = f"architecture {architecture!r} ({error})"
@@ -89,8 +100,42 @@ def convert(gguf: Path, folder: Path, *, progress: bool) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     _write_manifest(folder, source=gguf.name)
+
+
+def convert_tokenizer(gguf: Path, folder: Path) -> None:
+    """Writes the tokenizer of a .gguf file to a folder."""
+    with _head_read_once():
+        _save_tokenizer(gguf, folder)
+
+
+def _save_tokenizer(gguf: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _aside(large: bool, gguf: Path, folder: Path) -> Iterator[Callable[[], bool]]:
+    """Converts the tokenizer in another process meanwhile, where that is long; yields what waits for it and
+    says whether it was done.
+
+    Weights and tokenizer take a core about equally long, in Python that holds its lock. Whatever hinders the
+    other process, the tokenizer is then converted here, and errors are raised here.
+    """
+    if not large:
+        yield lambda: False
+        return
+    words = [sys.executable, "-c", _ASIDE, str(gguf), str(folder)]
+    process = subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield lambda: process.wait() == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 @contextmanager

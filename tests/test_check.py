@@ -11,6 +11,7 @@ import sae
 from activations.blocks import TokenBlocks
 from activations.sites import site_name
 from sae.dialects.parts import shift_input
+from sae.probe import differences
 from sae.sparse import SparseEncoder
 from train.diagnosis import check, published_l0
 from train.fit import Rows, as_text, measure, per_token, scaled, usual_scales
@@ -76,8 +77,11 @@ def explained(model, blocks, broken, *causes, like=None):
 @pytest.mark.parametrize("architecture", ["jumprelu", "batchtopk", "topk", "relu"])
 def test_a_dictionary_that_fits_passes(model, blocks, architecture):
     l0 = {} if architecture != "relu" else {"l0_target": None}
-    found = diagnosed(model, blocks, fitting(model, SITE, architecture=architecture, **l0))
-    assert (found.verdict, found.wrong, found.cause, found.dictionary) == ("fits", (), None, None)
+    healthy = fitting(model, SITE, architecture=architecture, **l0)
+    found = diagnosed(model, blocks, healthy)
+    assert (found.verdict, found.wrong, found.cause) == ("fits", (), None)
+    checked = found.dictionary
+    assert differences(checked, checked.probe) == [] and checked.cfg == healthy.cfg
     assert found.losses["claimed"]["fvu"] < 0.2
 
 

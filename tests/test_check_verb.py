@@ -56,6 +56,9 @@ def test_a_dictionary_that_fits_is_code_0(healthy, loaded, tmp_path, capfd):
     assert "does not" not in out
     assert loaded == ["tiny", "wiki-leads"]
     assert "causes tried" in err
+    assert check(tmp_path / "it", "--out", tmp_path / "probed") == 0
+    assert sae.load(tmp_path / "it").probe is None
+    assert sae.load(tmp_path / "probed").probe is not None
 
 
 def test_one_that_does_not_is_code_1_and_can_be_written_put_right(healthy, tmp_path, capfd):

@@ -312,3 +312,18 @@ def test_what_the_hub_may_answer(monkeypatch: pytest.MonkeyPatch, answer: object
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Hub(answer))
     with pytest.raises(UserError, match=message):
         hub.snapshot_folder("nobody/nothing")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_large_vocabulary_is_converted_by_a_process_of_its_own(tmp_path, monkeypatch, fails):
+    """Whatever befalls that process, the folder is the same."""
+    path = write_gguf(tmp_path / "m.gguf")
+    convert.convert(path, tmp_path / "plain", progress=False)
+    monkeypatch.setattr(convert, "_LARGE_VOCABULARY", 1)
+    if fails:
+        monkeypatch.setattr(convert, "_ASIDE", "raise SystemExit(3)")
+    else:
+        monkeypatch.setattr(convert, "_save_tokenizer", None)  # not here
+    convert.convert(path, tmp_path / "aside", progress=False)
+    files = {p.name: p.read_bytes() for p in (tmp_path / "plain").iterdir()}
+    assert files == {p.name: p.read_bytes() for p in (tmp_path / "aside").iterdir()}

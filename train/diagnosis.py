@@ -18,11 +18,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from activations.blocks import TokenBlocks
 from activations.models import LanguageModel
 from sae.dictionary import Dictionary, DictionaryConfig
 from sae.errors import UserError
+from sae.probe import make_probe
 from train import causes
 from train.evals import evaluate, first_tokens
 from train.fit import Rows, Text, as_text
@@ -37,6 +40,8 @@ LEAST_CE_RECOVERED = 0.5
 _CE_COUNTS = 0.1
 # rows that candidates are compared on: as many as tell sites apart, and few enough for a hundred candidates
 _ROWS = 768
+# rows that a probe's few are chosen from
+_SAMPLE = 256
 # Gemma Scope 2's words at 270M, rising over the first third of the layers
 _WORDS = {"small": (10.0, 20.0), "big": (60.0, 120.0)}
 
@@ -60,11 +65,20 @@ class Diagnosis:
     losses: dict[str, dict[str, Any]]
     """What `train.evals.evaluate` says of `claimed`, and of `changed`: the cause, or else the closest."""
     tried: tuple[Tried, ...]
+    sample: tuple[Tensor, Tensor]
+    """Some rows where the dictionary that fits reads and writes; none where there is no such dictionary."""
 
     @property
     def dictionary(self) -> Dictionary | None:
-        """The dictionary put right; None where no cause was found or no weights can do it."""
-        return None if self.cause is None else self.cause.candidate.put_right()
+        """The dictionary that fits the model, as it was or put right, with a probe of activations seen here;
+        None where no cause was found or no weights can do it.
+        """
+        sound = self.claimed if self.verdict == "fits" else self.cause
+        made = None if sound is None else sound.candidate.put_right()
+        if made is not None:
+            x, y = self.sample
+            made.probe = make_probe(made, x, y if made.cfg.transcoder else None)
+        return made
 
     @property
     def summary(self) -> str:
@@ -236,6 +250,11 @@ def _diagnose(
     if cause is not None and not wrong and search.claimed is not None:
         before = search.claimed.fit.fvu
         wrong = (f"FVU {before:.3f}, where it could be {cause.fit.fvu:.3f}",)
+    sound = search.claimed if not wrong else cause
+    rows = (torch.empty(0), torch.empty(0))
+    if sound is not None:
+        site, text_read = sound.candidate.site, sound.candidate.text
+        rows = (search.rows.at(site[0], text_read)[:_SAMPLE], search.rows.at(site[1], text_read)[:_SAMPLE])
     return Diagnosis(
         cfg=search.dictionary.cfg,
         model=model.name,
@@ -247,6 +266,7 @@ def _diagnose(
         closest=closest,
         losses={name: found for name, found in (("claimed", losses), ("changed", after)) if found},
         tried=tuple(search.tried),
+        sample=rows,
     )
 
 

@@ -57,7 +57,8 @@ class CheckOptions:
     site_out: str = ""
     """Where it writes, for a transcoder. Empty: what its files say, or `--site`."""
     out: str = ""
-    """A folder for the dictionary put right, where a cause is found. Of a run: a folder in it for each."""
+    """A folder for the dictionary in our format with a probe, put right where a cause is found. Of a run: a
+    folder in it for each."""
     dtype: Dtype = "auto"
     """The model's dtype. auto: bfloat16 where the hardware has it."""
     device: str = "auto"
@@ -181,6 +182,8 @@ def _tell(found: Mapping[str, "Diagnosis"], asked: _Asked, options: CheckOptions
     stdout.print(_summary(found))
     for name, one in found.items():
         if one.verdict == "fits":
+            if options.out:
+                _write(name, one, options, alone=len(found) == 1)
             continue
         say("")
         say(f"{name} {one.summary}.")
@@ -209,7 +212,8 @@ def _write(name: str, one: "Diagnosis", options: CheckOptions, *, alone: bool) -
     elif options.out:
         folder = Path(options.out) if alone else Path(options.out) / name
         sae.save(right, folder)
-        say(f"  put right, it is in {folder}.")
+        how = "with a probe" if one.verdict == "fits" else "put right, with a probe,"
+        say(f"  {how} it is in {folder}.")
     else:
         model = f" --model {options.model}" if options.model else ""
         say(f"  jumpscope check {options.source}{model} --out DIR writes it put right.")
