@@ -45,6 +45,9 @@ def test_a_token_that_is_not_there_is_refused_with_what_is(run):
         run.find(token="Word77")
     with pytest.raises(UserError, match="text="):
         run.find(token="nowhere")
+    named = set(run.layer(0).tables.raised["token"].tolist()) - set(run.index.texts.tokens.ravel().tolist())
+    with pytest.raises(UserError, match="text="):
+        run.find(token=run.index.strings.of([min(named)])[0])
     with pytest.raises(UserError, match="another number"):
         run.find(token=10**6)
 

@@ -15,7 +15,7 @@ from activations.sites import layer_of
 from sae.errors import UserError
 from viewer.features import Feature, Site
 from viewer.markup import percent, readable
-from viewer.tables import IndexFolder, SiteTables, Strings, stem
+from viewer.tables import IndexFolder, SiteTables, stem
 from viewer.windows import near
 
 # what a word counts for where it is found: nothing but a label or all of a latent's activation is full proof
@@ -38,9 +38,7 @@ def find_token(token: str | int, index: IndexFolder, sites: Sequence[str], limit
     wanted = index.strings.ids(token) if isinstance(token, str) else [token]
     occurrences = int((np.isin(index.texts.tokens, wanted) & index.texts.keep).sum())
     if not occurrences:
-        raise UserError(
-            "the token must be in the indexed text", repr(token), _token_hint(token, index.strings)
-        )
+        raise UserError("the token must be in the indexed text", repr(token), _token_hint(token, index))
     frames = []
     for site in sites:
         drivers = index.site(site).all_drivers
@@ -203,10 +201,12 @@ def _best(found: pd.DataFrame, index: IndexFolder, limit: int) -> pd.DataFrame:
     return best
 
 
-def _token_hint(token: str | int, strings: Strings) -> str:
+def _token_hint(token: str | int, index: IndexFolder) -> str:
     if not isinstance(token, str):
         return "give a token's text, such as ' Paris', or another number"
-    near_by = strings.of(strings.by_word.get(stem(token), [])[:_HINTS])
+    # tokens that are named for their logits alone are no help here
+    read = np.intersect1d(index.strings.by_word.get(stem(token), []), index.texts.tokens[index.texts.keep])
+    near_by = index.strings.of(read[:_HINTS])
     known = ", ".join(repr(text) for text in near_by)
     return (
         f"the text has {known}" if known else "a token is often a piece of a word: look for words with text="
