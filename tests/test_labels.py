@@ -206,7 +206,7 @@ def sprinkled(seed):
     return texts, Reading.of(texts, STRINGS)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 60))
 def test_the_share_is_that_of_the_activation(seed, n):
     texts, reading = sprinkled(seed % 3)

@@ -92,8 +92,8 @@ def test_the_spread_equals_its_definition(d_vocab):
 def test_the_search_in_integers_finds_the_same(d_vocab, monkeypatch):
     monkeypatch.setattr(lens, "_MIN_DIRECTIONS", 1)
     monkeypatch.setattr(lens, "int8_is_fast", lambda device: True)
-    model, rows = Model(d_vocab=d_vocab), directions(600)
-    vocabulary = Vocabulary.of(model, 600)
+    model, rows = Model(d_vocab=d_vocab), directions(150)
+    vocabulary = Vocabulary.of(model, 150)
     assert vocabulary.int8 is not None
     fast = top_logits(model, rows, count=COUNT, vocabulary=vocabulary)
     plain = Vocabulary(mean=vocabulary.mean, covariance=vocabulary.covariance, int8=None)
