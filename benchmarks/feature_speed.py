@@ -28,9 +28,9 @@ import viewer
 from sae.dictionary import parameter_shapes
 from sae.numbers import parse_count, parse_width
 from train.run_folder import RunFolder
-from viewer.firings import Firings, Texts
-from viewer.histogram import N_BINS
-from viewer.storage import SCHEMAS, make_lists, make_table, write_site, write_texts, write_tokens
+from viewer.index.firings import Firings, Texts
+from viewer.index.histogram import N_BINS
+from viewer.index.storage import SCHEMAS, make_lists, make_table, write_site, write_texts, write_tokens
 
 CONTEXT, VOCABULARY, TOP, BANDED = 128, 50_000, 20, 25
 

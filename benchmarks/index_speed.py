@@ -33,8 +33,8 @@ from activations.corpora import load_corpus
 from activations.harvest import harvest_rows
 from activations.models import LanguageModel, load_model
 from sae import DictionaryConfig, JumpReLU
-from viewer import site_tables
-from viewer.index import build_index
+from viewer.index import site_tables
+from viewer.index.build import build_index
 
 _SAMPLE = 4096
 

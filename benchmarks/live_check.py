@@ -19,7 +19,7 @@ import torch
 
 import viewer
 from activations.models import load_model
-from viewer.attribution import Verification
+from viewer.live.attribution import Verification
 
 TEXT = "The Eiffel Tower is in Paris, the capital of France, and it was built by Gustave Eiffel's company."
 PROMPTS = [

@@ -17,7 +17,7 @@ from sae.sparse import SparseEncoder
 from train.cli.main import main
 from train.evals import evaluate
 from viewer.features import open as open_run
-from viewer.index import build_index
+from viewer.index.build import build_index
 
 SITE, BEFORE = "blocks.1.hook_resid_post", "blocks.1.hook_resid_mid"
 

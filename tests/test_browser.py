@@ -43,7 +43,7 @@ def address(folder, tmp_path_factory):
     root = str(Path(viewer.__file__).resolve().parent.parent)
     code = (
         f"import sys; sys.path[:1] = [{root!r}]; "
-        f"from viewer.launch import launch; launch({str(folder)!r}, {port}, True)"
+        f"from viewer.app.launch import launch; launch({str(folder)!r}, {port}, True)"
     )
     log = (tmp_path_factory.mktemp("log") / "server.txt").open("w+")
     server = subprocess.Popen([sys.executable, "-c", code], cwd=trap, stdout=log, stderr=subprocess.STDOUT)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from viewer.evidence import BANDS, EXAMPLES_PER_BAND, TextRows, band_edges, gather_evidence
-from viewer.evidence_loops import scramble
-from viewer.firings import RowLists, Texts
-from viewer.histogram import N_BINS, histogram_bin, histogram_edges
+from viewer.index.evidence import BANDS, EXAMPLES_PER_BAND, TextRows, band_edges, gather_evidence
+from viewer.index.evidence_loops import scramble
+from viewer.index.firings import RowLists, Texts
+from viewer.index.histogram import N_BINS, histogram_bin, histogram_edges
 
 WORD = 2**64 - 1
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 import sae
 from sae import DictionaryConfig
-from viewer import geometry
-from viewer.firings import Firings
-from viewer.geometry import Neighbours, duplicates, encoder_decoder, neighbours, neuron_alignment
+from viewer.index import geometry
+from viewer.index.firings import Firings
+from viewer.index.geometry import Neighbours, duplicates, encoder_decoder, neighbours, neuron_alignment
 
 
 @pytest.fixture(params=[True, False], ids=["integers", "floats"])

@@ -11,8 +11,8 @@ from viewer_fakes import CONTEXT, D_SAE, D_VOCAB, SITES, FakeModel, fake_blocks,
 
 from activations.blocks import TokenBlocks
 from sae import UserError
-from viewer.index import IndexBuilder, build_index
-from viewer.storage import (
+from viewer.index.build import IndexBuilder, build_index
+from viewer.index.storage import (
     EXAMPLES,
     FIRINGS,
     LATENTS,
@@ -86,7 +86,7 @@ def test_one_forward_pass_serves_all_sites_and_progress_ends_at_its_total(tmp_pa
 def test_the_cut_into_batches_and_parts_changes_no_file(tmp_path, monkeypatch):
     one, _, _ = build(tmp_path / "one")
     other, _, _ = build(tmp_path / "other", [TokenBlocks(**joined(fake_blocks()))])
-    monkeypatch.setattr("viewer.parts._PART_BYTES", 1)
+    monkeypatch.setattr("viewer.index.parts._PART_BYTES", 1)
     parts, _, _ = build(tmp_path / "parts")
     for site in SITES:
         for name in (*SCHEMAS, FIRINGS):

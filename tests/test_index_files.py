@@ -13,8 +13,8 @@ from viewer_fakes import SITES, FakeModel, fake_blocks, fake_dictionary
 from activations.blocks import Cursor, TokenBlocks
 from sae import UserError
 from sae.sparse import SparseEncoder
-from viewer.index import IndexBuilder, build_index
-from viewer.storage import (
+from viewer.index.build import IndexBuilder, build_index
+from viewer.index.storage import (
     EXAMPLES,
     FIRINGS,
     MANIFEST,
@@ -133,7 +133,7 @@ def collect(out, blocks, *, resume=True, text=TEXT):
 @pytest.mark.parametrize("part_bytes", [1, 2**30])
 def test_two_halves_put_together_are_one_pass_to_the_last_bit(resume, part_bytes, tmp_path, monkeypatch):
     build(tmp_path / "whole", numbered())
-    monkeypatch.setattr("viewer.parts._PART_BYTES", part_bytes)
+    monkeypatch.setattr("viewer.index.parts._PART_BYTES", part_bytes)
     halves = [
         collect(tmp_path / name, numbered(*span), resume=resume, text={"half": name})
         for name, span in (("a", (0, 2)), ("b", (2, None)))
@@ -160,7 +160,7 @@ def test_halves_of_other_dictionaries_are_refused(tmp_path):
 
 def test_a_pass_goes_on_behind_its_last_whole_part(tmp_path, monkeypatch):
     build(tmp_path / "whole", numbered())
-    monkeypatch.setattr("viewer.parts._PART_BYTES", 1)
+    monkeypatch.setattr("viewer.index.parts._PART_BYTES", 1)
     out = tmp_path / "cut"
     assert collect(out, numbered(0, 4)).next.document == 3
     again = collect(out, [])
@@ -188,11 +188,11 @@ import os, signal, sys
 sys.path.insert(0, "tests")
 from pathlib import Path
 import torch
-import viewer.evidence_loops
-import viewer.parts
+import viewer.index.evidence_loops
+import viewer.index.parts
 from test_index_files import *
 
-viewer.parts._PART_BYTES = 1
+viewer.index.parts._PART_BYTES = 1
 torch.set_num_threads(1)
 out, replace = Path(sys.argv[1]), Path.replace
 

@@ -8,7 +8,7 @@ from cli_fakes import SMALL, make_inputs, refused
 
 import sae
 from train.cli.main import main
-from viewer.storage import read_firings, read_manifest, read_texts
+from viewer.index.storage import read_firings, read_manifest, read_texts
 
 SITES = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
 

@@ -9,9 +9,9 @@ from activations import losses
 from activations.int8 import Int8Vocabulary, quantised
 from activations.loss_loops import add_tile, exp2_of_negative, largest
 from activations.losses import loss_vocabulary, next_token_losses
-from viewer import lens
-from viewer.lens import top_logits
-from viewer.loops import keep_extremes
+from viewer.index import lens
+from viewer.index.lens import top_logits
+from viewer.index.loops import keep_extremes
 
 SIZES = [(1, 1), (3, 63), (2, 64), (5, 129), (4, 300)]
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from viewer.firings import Firings, Texts
-from viewer.labels import make_labels
-from viewer.words import Reading, kind_of_token, plain_word, quoted, stem
+from viewer.index.firings import Firings, Texts
+from viewer.index.labels import make_labels
+from viewer.index.words import Reading, kind_of_token, plain_word, quoted, stem
 
 WORDS = (
     " the", " of", " Paris", " paris", "Paris", " found", " founded", " founding", " unfair", " untold",

@@ -5,8 +5,8 @@ import pytest
 import torch
 from viewer_fakes import D_MODEL, FakeModel
 
-from viewer import lens
-from viewer.lens import Vocabulary, linear_part, logit_histogram_edges, top_logits
+from viewer.index import lens
+from viewer.index.lens import Vocabulary, linear_part, logit_histogram_edges, top_logits
 
 COUNT, D = 10, 32
 # more than one chunk of the vocabulary, and a last one that is no multiple of the groups

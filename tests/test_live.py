@@ -15,8 +15,8 @@ from activations.hooks import spliced
 from activations.sites import site_name
 from sae.errors import UserError
 from train.run_folder import RunFolder
-from viewer.attribution import Verification
-from viewer.interventions import LossChange
+from viewer.live.attribution import Verification
+from viewer.live.interventions import LossChange
 
 SITES = [site_name(layer, "resid_post") for layer in range(3)]
 SITE = SITES[1]
@@ -289,7 +289,7 @@ def test_the_model_is_loaded_on_first_use_in_fp32(tmp_path, monkeypatch, tiny_mo
     asked = []
     path = made_run(tmp_path / "run")
     monkeypatch.setattr(
-        "viewer.live.load_model", lambda name, **how: asked.append((name, how["dtype"])) or tiny_model
+        "viewer.live.model.load_model", lambda name, **how: asked.append((name, how["dtype"])) or tiny_model
     )
     run = viewer.open(path)
     assert "run" in repr(run) and not asked

@@ -10,7 +10,8 @@ from viewer_fakes import D_MODEL, D_SAE, SITES, fake_run
 import sae
 from sae import UserError
 from train.cli.main import main
-from viewer import neuronpedia, storage
+from viewer import neuronpedia
+from viewer.index import storage
 from viewer.neuronpedia import find_index, write_neuronpedia
 
 # what the importer indexes in each feature and each activation, and its types

@@ -12,9 +12,9 @@ from viewer_fakes import D_SAE, SITES, fake_run
 
 import viewer
 from sae import UserError
-from viewer import launch
+from viewer.app import launch
 
-APP = Path(viewer.__file__).resolve().parent / "app.py"
+APP = Path(viewer.__file__).resolve().parent / "app" / "main.py"
 OVERVIEW, FEATURE = APP.parent / "pages" / "overview.py", APP.parent / "pages" / "feature.py"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from activations.blocks import TokenBlocks
 from sae import DictionaryConfig, JumpReLU, save
 from train.run_folder import RunFolder
-from viewer.index import build_index
+from viewer.index.build import build_index
 
 D_MODEL, D_VOCAB, D_SAE, CONTEXT = 16, 300, 24, 20
 SITES = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")

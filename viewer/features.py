@@ -19,7 +19,7 @@ from torch import Tensor
 from activations.sites import site_label
 from sae.errors import UserError
 from viewer import charts, markup
-from viewer.histogram import histogram_edges
+from viewer.index.histogram import histogram_edges
 from viewer.tables import IndexFolder, SiteTables
 from viewer.windows import windows
 

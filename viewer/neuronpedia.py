@@ -19,7 +19,7 @@ from jaxtyping import Float
 from activations.sites import kind_of, layer_of
 from sae.errors import UserError
 from sae.files import atomic_write, make_folder
-from viewer import storage
+from viewer.index import storage
 
 FEATURES_PER_FILE = 128
 _BINS = 50

@@ -6,7 +6,7 @@ import pandas as pd
 
 from activations.sites import layer_of
 from sae.errors import UserError
-from viewer.storage import DRIVERS, EXAMPLES, LATENTS, RELATED, TOKENS
+from viewer.index.storage import DRIVERS, EXAMPLES, LATENTS, RELATED, TOKENS
 from viewer.tables import IndexFolder
 
 _TABLES = {"latents": LATENTS, "examples": EXAMPLES, "drivers": DRIVERS, "related": RELATED}

@@ -14,11 +14,11 @@ from activations.sites import kind_of, layer_of, site_label
 from sae.errors import UserError
 from train.run_folder import RUN, RunFolder
 from viewer import find, markup
-from viewer.calls import LiveCalls
 from viewer.compare import Comparison, compare
 from viewer.features import Feature, Site
+from viewer.index.storage import MANIFEST, TEXTS
+from viewer.live.calls import LiveCalls
 from viewer.query import query
-from viewer.storage import MANIFEST, TEXTS
 from viewer.tables import IndexFolder
 
 if TYPE_CHECKING:
@@ -175,8 +175,8 @@ class Run(LiveCalls):
     def sql(self, statement: str) -> pd.DataFrame:
         """The answer to a SELECT over latents, examples, drivers, related, tokens and labels.
 
-        The first four are the index's files (`viewer.storage` tells their columns), of all sites, with the
-        columns site and layer; tokens has id and text; labels is what you wrote. Nothing can be written.
+        The first four are the index's files, whose columns `viewer.index.storage` tells, of all sites, with
+        the columns site and layer; tokens has id and text; labels is what you wrote. Nothing can be written.
         """
         if not self.indexed:
             raise self._no_index()

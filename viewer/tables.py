@@ -15,8 +15,8 @@ from torch import Tensor
 import sae
 from sae.errors import UserError
 from viewer.annotations import Annotations
-from viewer.firings import Firings, Texts
-from viewer.storage import (
+from viewer.index.firings import Firings, Texts
+from viewer.index.storage import (
     DRIVERS,
     EXAMPLES,
     LATENTS,

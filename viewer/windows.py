@@ -5,7 +5,7 @@ import pandas as pd
 import pyarrow as pa
 from jaxtyping import Float32, Int
 
-from viewer.firings import Texts
+from viewer.index.firings import Texts
 from viewer.tables import Strings
 
 

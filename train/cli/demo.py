@@ -51,7 +51,7 @@ def _make(options: DemoOptions, out: Path) -> "LanguageModel":
 
 def _finish(options: DemoOptions, folder: RunFolder, model: "LanguageModel | None") -> None:
     """Evaluates and indexes what has not been, and prints the table."""
-    from viewer.storage import is_whole  # late: it imports torch and pyarrow
+    from viewer.index.storage import is_whole  # late: it imports torch and pyarrow
 
     path = str(folder.path)
     measured = set(folder.eval_table()) >= set(folder.sites())

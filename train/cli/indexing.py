@@ -16,7 +16,7 @@ from train.cli.console import note
 from train.cli.options import IndexOptions
 from train.cli.progress import progress
 from train.run_folder import RUN, hold
-from viewer.index import build_index
+from viewer.index.build import build_index
 
 _CORPUS, _CONTEXT, _MODEL_BATCH = "wiki-leads", 256, 8
 

@@ -111,7 +111,7 @@ def _machine() -> None:
 
 
 def _run(folder: RunFolder) -> None:
-    from viewer.storage import is_whole  # late: it imports torch and pyarrow
+    from viewer.index.storage import is_whole  # late: it imports torch and pyarrow
 
     record = folder.record()
     indexed = [site for site in folder.sites() if is_whole(folder.index_dir(site))]

@@ -4,7 +4,7 @@ from train.cli.console import say
 from train.cli.options import ViewOptions
 from train.cli.parsing import parse
 from train.run_folder import RunFolder
-from viewer.launch import launch
+from viewer.app.launch import launch
 
 
 def run(argv: list[str]) -> None:

@@ -30,7 +30,7 @@ from train.measure import measure_harvest
 from train.plan import missing_memory, plan_harvest
 from train.run_folder import RUN, RunFolder, hold
 from train.trainer import train_run
-from viewer.index import IndexBuilder
+from viewer.index.build import IndexBuilder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

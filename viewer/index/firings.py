@@ -74,7 +74,7 @@ class Firings:
     @classmethod
     def by_latent(cls, lists: RowLists, d_sae: int) -> "Firings":
         """The same firings in the order of latents."""
-        from viewer.evidence_loops import sort_by_latent  # late: numba takes a second to import
+        from viewer.index.evidence_loops import sort_by_latent  # late: numba takes a second to import
 
         starts = np.zeros(d_sae + 1, np.int64)
         np.cumsum(np.bincount(lists.latent, minlength=d_sae), out=starts[1:])

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int32, Int64
 
-from viewer.firings import Texts
+from viewer.index.firings import Texts
 
 # words that grammar sorts; a text in another language simply has none of them
 _GROUPS = {

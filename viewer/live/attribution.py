@@ -16,8 +16,8 @@ from activations.hooks import spliced
 from sae.dictionary import Dictionary
 from sae.errors import UserError
 from viewer import markup
-from viewer.live import Live
-from viewer.trace import grid
+from viewer.live.model import Live
+from viewer.live.trace import grid
 
 _COLUMNS = "site layer position token latent activation gradient attribution share label density".split()
 _SCALE = [[0.0, "rgb(59,120,194)"], [0.5, "rgba(128,128,128,0)"], [1.0, "rgb(196,106,18)"]]

@@ -1,11 +1,11 @@
-"""The viewer: `jumpscope view RUN`, or `streamlit run viewer/app.py -- RUN`."""
+"""The viewer: `jumpscope view RUN`, or `streamlit run viewer/app/main.py -- RUN`."""
 
 from pathlib import Path
 from urllib.parse import quote
 
 import streamlit as st
 
-from viewer.shell import run_path
+from viewer.app.shell import run_path
 
 # drawn here: Streamlit would fetch a named icon for the tab from the network
 ICON = "data:image/svg+xml," + quote(

@@ -8,9 +8,9 @@ import streamlit as st
 from activations.sites import site_label
 from sae.errors import UserError
 from viewer import cards, charts, markup
+from viewer.app.shell import plain, render
 from viewer.features import Feature, Site
 from viewer.runs import Run
-from viewer.shell import plain, render
 
 
 def show(run: Run) -> None:

@@ -22,8 +22,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 
 from sae.kernels.workers import workers_for
-from viewer.firings import Firings
-from viewer.words import Reading, View, plain_word
+from viewer.index.firings import Firings
+from viewer.index.words import Reading, View, plain_word
 
 LEAST_SHARE, LEAST_LIFT, LEAST_FIRINGS, LEAST_HIT = 0.5, 2.0, 3, 0.02
 _LATENTS = 256
@@ -199,7 +199,7 @@ def _strong(firings: Firings, which: Bool[np.ndarray, " latent"]) -> Firings:
 
 def _of_view(view: View, firings: Firings, reading: Reading, total: np.ndarray) -> list[_Candidate]:
     """The property that tells most of each latent's activation, and lists of two and more of them."""
-    from viewer.label_loops import sum_by_key  # late: numba takes a second to import
+    from viewer.index.label_loops import sum_by_key  # late: numba takes a second to import
 
     ranks = _LONGEST_LIST if view.kind in _LISTS else 1
     shape = (len(firings), ranks)
@@ -240,7 +240,7 @@ def _of_view(view: View, firings: Firings, reading: Reading, total: np.ndarray) 
 
 def _near(firings: Firings, reading: Reading) -> list[_Candidate]:
     """Whether a word, or one of two or three, stands nearby."""
-    from viewer.label_loops import count_near, cover_near
+    from viewer.index.label_loops import count_near, cover_near
 
     words, n_words = reading.topic_word, max(len(reading.topic_words), 1)
     counts = np.zeros(n_words, np.int64)
@@ -282,7 +282,7 @@ def _predicts(
     firings: Firings, reading: Reading, top: np.ndarray, strings: Mapping[int, str], total: np.ndarray
 ) -> _Candidate:
     """Whether the next word is one that the latent raises."""
-    from viewer.label_loops import sum_on_sets
+    from viewer.index.label_loops import sum_on_sets
 
     n_words = max(len(reading.word_of), 1)
     plain = {token: plain_word(strings[token]) for token in np.unique(top).tolist()}

@@ -32,7 +32,7 @@ from sae.files import (
     sha256_file,
     write_json,
 )
-from viewer.firings import Firings, Texts
+from viewer.index.firings import Firings, Texts
 
 _AGAIN = "build the index again with `jumpscope index`"
 FORMAT, VERSION = "jumpscope feature index", 2

@@ -23,7 +23,7 @@ from torch import Tensor
 from activations.blocks import Cursor, TokenBlocks
 from sae.files import atomic_write, disk_errors, make_folder, read_json, save_tensors, write_json
 from sae.sparse import SparseLatents
-from viewer.firings import RowLists, Texts
+from viewer.index.firings import RowLists, Texts
 
 _PASS = "pass.json"
 # what a pass holds in memory at most, and loses at most when it is killed

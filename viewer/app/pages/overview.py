@@ -9,8 +9,8 @@ import streamlit as st
 from activations.sites import site_label
 from sae.numbers import format_count
 from viewer import charts, markup
+from viewer.app.shell import plain, render
 from viewer.runs import Run
-from viewer.shell import plain, render
 
 _PARAMETERS = ("step", "site", "layer")
 

@@ -18,14 +18,14 @@ from activations.int8 import HasUnembedding
 from sae import Dictionary, UserError
 from sae.files import read_json
 from sae.sparse import SparseEncoder, SparseLatents
-from viewer import storage
-from viewer.evidence import DENSE, TextRows, gather_evidence
-from viewer.histogram import BINS_PER_OCTAVE, histogram_edges
-from viewer.lens import Vocabulary
-from viewer.parts import Parts
-from viewer.site_tables import Common, TokenStrings, lowest_activation, make_tables
-from viewer.storage import LATENTS
-from viewer.words import Reading
+from viewer.index import storage
+from viewer.index.evidence import DENSE, TextRows, gather_evidence
+from viewer.index.histogram import BINS_PER_OCTAVE, histogram_edges
+from viewer.index.lens import Vocabulary
+from viewer.index.parts import Parts
+from viewer.index.site_tables import Common, TokenStrings, lowest_activation, make_tables
+from viewer.index.storage import LATENTS
+from viewer.index.words import Reading
 
 
 @runtime_checkable

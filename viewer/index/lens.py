@@ -230,7 +230,7 @@ def _search_int8(
 
     `per_std` makes such a product standard deviations; the cubes put into `spread` lack it.
     """
-    from viewer.loops import count_spread, keep_extremes  # late: numba takes a second to import
+    from viewer.index.loops import count_spread, keep_extremes  # late: numba takes a second to import
 
     scores = torch.full((len(left), 2, count), -torch.inf)
     ids = torch.zeros(scores.shape, dtype=torch.int64)

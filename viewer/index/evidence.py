@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float32, Int, Int32, Int64
 
 from sae.kernels.workers import workers_for
-from viewer.firings import Firings, RowLists, Texts
-from viewer.histogram import N_BINS, histogram_bin
-from viewer.storage import make_lists, make_words
+from viewer.index.firings import Firings, RowLists, Texts
+from viewer.index.histogram import N_BINS, histogram_bin
+from viewer.index.storage import make_lists, make_words
 
 BANDS, EXAMPLES_PER_BAND = 5, 5
 DRIVERS, COFIRING = 10, 10
@@ -116,7 +116,7 @@ class _Counted:
 
 
 def _count(firings: Firings) -> _Counted:
-    from viewer.evidence_loops import count_activations  # late: numba takes a second to import
+    from viewer.index.evidence_loops import count_activations  # late: numba takes a second to import
 
     d_sae = len(firings)
     found = _Counted(np.zeros(d_sae), np.zeros(d_sae, np.float32), np.zeros((d_sae, N_BINS), np.int32))
@@ -136,7 +136,7 @@ def _count(firings: Firings) -> _Counted:
 def _examples(
     firings: Firings, rows: TextRows, edges: Float32[np.ndarray, "latent band"], examples: int
 ) -> dict[str, np.ndarray]:
-    from viewer.evidence_loops import choose_examples
+    from viewer.index.evidence_loops import choose_examples
 
     d_sae, texts = len(firings), rows.texts
     top, top_found = np.zeros((d_sae, examples), np.int32), np.zeros(d_sae, np.int32)
@@ -180,7 +180,7 @@ def _activation_at(
     firings: Firings, latent: Int32[np.ndarray, " n"], row: Int32[np.ndarray, " n"]
 ) -> Float32[np.ndarray, " n"]:
     """The activation of a latent on a row on which it fires, for many."""
-    from viewer.evidence_loops import find_activations
+    from viewer.index.evidence_loops import find_activations
 
     found = np.zeros(len(row), np.float32)
     find_activations(latent, row, firings.starts, firings.row, firings.activation, found)
@@ -188,7 +188,7 @@ def _activation_at(
 
 
 def _drivers(firings: Firings, rows: TextRows, total: np.ndarray) -> dict[str, np.ndarray]:
-    from viewer.evidence_loops import find_drivers
+    from viewer.index.evidence_loops import find_drivers
 
     d_sae, n_tokens = len(firings), len(rows.token_ids)
     tokens = np.full((2, d_sae, DRIVERS), -1, np.int32)
@@ -220,7 +220,7 @@ def _drivers(firings: Firings, rows: TextRows, total: np.ndarray) -> dict[str, n
 
 
 def _cofiring(firings: Firings, lists: RowLists) -> dict[str, np.ndarray]:
-    from viewer.evidence_loops import find_cofiring
+    from viewer.index.evidence_loops import find_cofiring
 
     d_sae, n_rows = len(firings), len(lists)
     number = (firings.starts[1:] - firings.starts[:-1]).astype(np.float64)

@@ -17,7 +17,7 @@ from activations.hooks import spliced
 from activations.losses import next_token_losses
 from sae.errors import UserError
 from viewer import markup
-from viewer.live import Key, Live
+from viewer.live.model import Key, Live
 
 _CONTEXT = 256
 _ROWS = 8

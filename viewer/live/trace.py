@@ -12,7 +12,7 @@ import torch
 
 from activations.sites import site_label
 from viewer import markup
-from viewer.live import Live
+from viewer.live.model import Live
 
 _COLUMNS = ["site", "layer", "position", "token", "latent", "activation", "share", "label", "density"]
 _SCALE = [[0.0, "rgba(196,106,18,0)"], [1.0, "rgba(196,106,18,1)"]]

@@ -10,7 +10,7 @@ from torch import Tensor
 from activations.int8 import int8_is_fast, int8_products, quantised
 from sae import Dictionary
 from sae.kernels.workers import workers_for
-from viewer.firings import Firings
+from viewer.index.firings import Firings
 
 DUPLICATE_COSINE, DUPLICATE_JACCARD = 0.95, 0.5
 """Above both, two latents count as one thing learned twice."""
@@ -107,7 +107,7 @@ def duplicates(near: Neighbours, firings: Firings) -> Duplicates:
 
     They are looked for among the neighbours given, so of a large crowd of copies not every pair is named.
     """
-    from viewer.loops import count_common  # late: numba takes a second to import
+    from viewer.index.loops import count_common  # late: numba takes a second to import
 
     latent, rank = np.nonzero((near.ids >= 0) & (near.cosine >= DUPLICATE_COSINE))
     other = near.ids[latent, rank]
@@ -170,7 +170,7 @@ def _candidates_int8(
     sides: tuple[Tensor, ...], part: slice, count: int
 ) -> tuple[Float[Tensor, "row count"], Int[Tensor, "row count"]]:
     """About the `count` largest products of some rows with all others, and the others' places."""
-    from viewer.loops import keep_largest  # late: numba takes a second to import
+    from viewer.index.loops import keep_largest  # late: numba takes a second to import
 
     left, left_scale, right, right_scale = sides
     scores = torch.full((len(left[part]), count), -torch.inf)
@@ -211,7 +211,7 @@ def _products(
     """Each row's products with its candidates, in fp32."""
     if rows.device.type != "cpu":
         return torch.einsum("rd,rcd->rc", rows, right[places])
-    from viewer.loops import multiply_at  # late: numba takes a second to import
+    from viewer.index.loops import multiply_at  # late: numba takes a second to import
 
     exact = torch.empty(places.shape)
     multiply_at(rows.numpy(), right.numpy(), places.numpy(), exact.numpy())

@@ -12,8 +12,8 @@ from jaxtyping import Float32, Int
 from activations.int8 import HasUnembedding
 from activations.sites import kind_of, layer_of
 from sae import Dictionary
-from viewer.evidence import Evidence
-from viewer.geometry import (
+from viewer.index.evidence import Evidence
+from viewer.index.geometry import (
     Alignment,
     Duplicates,
     Neighbours,
@@ -22,10 +22,19 @@ from viewer.geometry import (
     neighbours,
     neuron_alignment,
 )
-from viewer.labels import make_labels
-from viewer.lens import TokenLogits, Vocabulary, logit_histogram_edges, top_logits
-from viewer.storage import DRIVERS, EXAMPLES, LATENTS, RELATED, SCHEMAS, make_lists, make_table, make_words
-from viewer.words import Reading
+from viewer.index.labels import make_labels
+from viewer.index.lens import TokenLogits, Vocabulary, logit_histogram_edges, top_logits
+from viewer.index.storage import (
+    DRIVERS,
+    EXAMPLES,
+    LATENTS,
+    RELATED,
+    SCHEMAS,
+    make_lists,
+    make_table,
+    make_words,
+)
+from viewer.index.words import Reading
 
 LOGITS = 10
 _RESIDUAL_KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")

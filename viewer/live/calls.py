@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from activations.models import LanguageModel
-    from viewer.attribution import Attribution
-    from viewer.interventions import Intervention
-    from viewer.live import Live
-    from viewer.trace import Trace
+    from viewer.live.attribution import Attribution
+    from viewer.live.interventions import Intervention
+    from viewer.live.model import Live
+    from viewer.live.trace import Trace
 
 
 class LiveCalls:
@@ -22,7 +22,7 @@ class LiveCalls:
 
     @functools.cached_property
     def _live(self) -> "Live":
-        from viewer.live import Live
+        from viewer.live.model import Live
 
         return Live(self, self._given_model)  # pyright: ignore[reportArgumentType]  # a Run, which mixes it in
 
@@ -33,7 +33,7 @@ class LiveCalls:
 
     def trace(self, text: str, *, sites: Sequence[str] | None = None) -> "Trace":
         """Which features fire on a text, at every site and token: `.frame`, `.top()`, `.heatmap()`."""
-        from viewer.trace import trace
+        from viewer.live.trace import trace
 
         return trace(self._live, text, sites=sites)
 
@@ -43,13 +43,13 @@ class LiveCalls:
         A strength of 1 adds a feature's highest activation on the indexed text times its decoder row; with
         `unit="absolute"`, exactly its decoder row.
         """
-        from viewer.interventions import steering
+        from viewer.live.interventions import steering
 
         return steering(self._live, strengths, unit=unit)
 
     def ablate(self, *features: Any) -> "Intervention":
         """The model without features: `.generate`, `.next_tokens`, `.logits`, `.loss`."""
-        from viewer.interventions import ablation
+        from viewer.live.interventions import ablation
 
         return ablation(self._live, features)
 
@@ -65,6 +65,6 @@ class LiveCalls:
 
         Of the target's logit above the mean of all, or above that of `against`.
         """
-        from viewer.attribution import attribute
+        from viewer.live.attribution import attribute
 
         return attribute(self._live, text, target, against=against, sites=sites)

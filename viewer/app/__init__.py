@@ -1,0 +1,1 @@
+"""The Streamlit app: `launch` serves `main`, whose pages are in `pages`."""

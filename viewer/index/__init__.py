@@ -1,0 +1,1 @@
+"""The feature index: built in one pass over text, kept in one folder."""
