@@ -43,7 +43,7 @@ def address(folder, tmp_path_factory):
     root = str(Path(viewer.__file__).resolve().parent.parent)
     code = (
         f"import sys; sys.path[:1] = [{root!r}]; "
-        f"from viewer.app.launch import launch; launch({str(folder)!r}, {port}, True)"
+        f"from viewer.app.launch import launch; launch([{str(folder)!r}], {port}, True)"
     )
     log = (tmp_path_factory.mktemp("log") / "server.txt").open("w+")
     server = subprocess.Popen([sys.executable, "-c", code], cwd=trap, stdout=log, stderr=subprocess.STDOUT)
@@ -111,7 +111,7 @@ def test_from_the_overview_to_a_feature_and_on(tab, folder):
     heading(tab, f"1 resid_post · {live[1]}")
     tab.keyboard.press("ArrowRight")
     heading(tab, f"1 resid_post · {live[2]}")
-    tab.wait_for_url(f"**/feature?site={SITES[1]}&latent={live[2]}")
+    tab.wait_for_url(f"**/feature?run=mine&site={SITES[1]}&latent={live[2]}")
     tab.reload()
     heading(tab, f"1 resid_post · {live[2]}")
     tab.locator(".js-ex").first.wait_for()

@@ -63,7 +63,8 @@ def gather(texts, acts, lowest=0.0, examples=4):
 
 def rows_of(columns, latent):
     mine = np.flatnonzero(columns["latent"] == latent)
-    return [{name: column[i] for name, column in columns.items()} for i in mine]
+    plain = {name: np.asarray(column) for name, column in columns.items()}
+    return [{name: column[i] for name, column in plain.items()} for i in mine]
 
 
 def window(texts, block, at):

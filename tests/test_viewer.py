@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def show(monkeypatch):
     def shown(script, folder, **query):
-        monkeypatch.setattr(sys, "argv", ["app.py", str(folder)])
+        monkeypatch.setattr(sys, "argv", ["main.py", str(folder)])
         app = AppTest.from_file(str(script), default_timeout=30)
         for name, value in query.items():
             app.query_params[name] = value
@@ -44,7 +44,7 @@ def test_the_overview_shows_every_site_and_the_curves(show, folder):
     assert not app.exception and not app.error and app.title[0].value == "mine"
     page = html_of(app)
     assert "0 resid_post" in page and "1 resid_post" in page and "± 0.010" in page and "98.0 %" in page
-    assert f"feature?site={SITES[1]}" in page
+    assert f"feature?run=mine&amp;site={SITES[1]}" in page
     assert len(app.get("plotly_chart")) == 5
     app.selectbox(key="curve").select("fvu").run()
     assert not app.exception
@@ -68,7 +68,7 @@ def test_the_feature_page_shows_what_the_api_says(show, folder):
 def test_the_address_follows_the_controls(show, folder):
     app = show(FEATURE, folder)
     live = viewer.open(folder).layer(0).live().tolist()
-    assert address(app) == {"site": SITES[0], "latent": str(live[0])}
+    assert address(app) == {"run": "mine", "site": SITES[0], "latent": str(live[0])}
     press(app, "Next")
     assert address(app)["latent"] == str(live[1]) and app.number_input(key="latent").value == live[1]
     press(app, "Next")
@@ -78,7 +78,7 @@ def test_the_address_follows_the_controls(show, folder):
     assert int(address(app)["latent"]) in live
     app.number_input(key="latent").set_value(7).run()
     app.selectbox(key="site").select(SITES[1]).run()
-    assert not app.exception and address(app) == {"site": SITES[1], "latent": "7"}
+    assert not app.exception and address(app) == {"run": "mine", "site": SITES[1], "latent": "7"}
     assert "7" in app.header[0].value
 
 
@@ -140,11 +140,11 @@ def test_an_address_that_is_taken_or_senseless_is_refused(folder):
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         with pytest.raises(UserError, match="--port"):
-            launch.launch(folder, port=busy.getsockname()[1], headless=True)
+            launch.launch([folder], port=busy.getsockname()[1], headless=True)
     with pytest.raises(UserError, match="65535"):
-        launch.launch(folder, port=0, headless=True)
+        launch.launch([folder], port=0, headless=True)
     with pytest.raises(UserError, match=r"run\.json"):
-        launch.launch(folder.parent, port=8765, headless=True)
+        launch.launch([folder.parent], port=8765, headless=True)
 
 
 def test_the_server_stays_on_this_machine_and_tells_nobody():

@@ -33,12 +33,20 @@ class Workers:
         torch.set_num_threads(threads)
 
     def run(self, work: Callable[[Part], object], parts: Iterable[Part]) -> None:
-        """Does `work` on every part, each as soon as a thread is free. Raises what a part raised."""
+        """Does `work` on every part, each as soon as a thread is free. Raises what a part raised.
+
+        Threads take over the caller's inference mode, which torch keeps for each thread on its own.
+        """
         if self.threads == 1:
             _drain(work, parts)
             return
-        queue = iter(list(parts))
-        waiting = [self._pool.submit(_drain, work, queue) for _ in range(self.threads)]
+        queue, mode = iter(list(parts)), torch.is_inference_mode_enabled()
+
+        def drain() -> None:
+            with torch.inference_mode(mode):
+                _drain(work, queue)
+
+        waiting = [self._pool.submit(drain) for _ in range(self.threads)]
         for future in waiting:
             future.result()
 

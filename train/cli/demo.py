@@ -34,7 +34,7 @@ def run(argv: list[str]) -> None:
     if options.view:
         from train.cli import view
 
-        view.serve(ViewOptions(run=str(out), port=options.port, headless=options.headless))
+        view.serve(ViewOptions(runs=(str(out),), port=options.port, headless=options.headless))
 
 
 def _make(options: DemoOptions, out: Path) -> "LanguageModel":

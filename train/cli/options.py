@@ -121,14 +121,20 @@ class HarvestOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViewOptions:
-    """Browse a run: an overview of its layers, and a page for each feature. Ctrl-C ends it."""
+    """Browse runs: an overview of the layers, search, a page for each feature. Ctrl-C ends it."""
 
-    run: RunPath
-    """The run folder, after `jumpscope index`."""
+    runs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+    """Run folders, after `jumpscope index`, or folders of an index alone."""
     port: int = 8501
     """Port of the viewer."""
+    address: str = "127.0.0.1"
+    """Where it listens. With 0.0.0.0 every machine that can reach this one can read and label your runs."""
     headless: bool = False
     """Serve without opening a browser."""
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            raise UserError("the viewer needs a run", "none", "name the folder of one, or of several")
 
 
 # for a run of some hundred steps: larger ones, a shorter memory of squares, silent latents drawn back sooner

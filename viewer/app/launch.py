@@ -2,13 +2,14 @@
 
 import ipaddress
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sae.errors import UserError
-from train.run_folder import RunFolder
+from viewer import runs
 
-APP = Path(__file__).resolve().with_name("app.py")
+APP = Path(__file__).resolve().with_name("main.py")
 _LIGHT = {
     "primaryColor": "#0b6e63",
     "backgroundColor": "#fbfaf7",
@@ -35,22 +36,22 @@ _THEME = {
 
 
 def launch(
-    run_path: Path | str, port: int = 8501, headless: bool = False, address: str = "127.0.0.1"
+    paths: Sequence[Path | str], port: int = 8501, headless: bool = False, address: str = "127.0.0.1"
 ) -> None:
-    """Serves the viewer of a run until it is stopped (Ctrl-C or SIGTERM). Opens a browser unless `headless`.
+    """Serves the viewer of runs until it is stopped (Ctrl-C or SIGTERM). Opens a browser unless `headless`.
 
     Only this machine can reach it unless `address` says otherwise. It runs in this process, because `python
     -m streamlit` would let a train.py in the current folder stand in front of our package. Raises UserError
-    when `run_path` is no run folder or the port is taken.
+    when one of `paths` is neither a run folder nor an index, or the port is taken.
     """
-    run = RunFolder.open(Path(run_path).resolve())
+    found = [str(runs.open(path).path.resolve()) for path in paths]
     _check_port(address, port)
     # Streamlit takes most of a second to import, and only a viewer needs it
     from streamlit.web import bootstrap
 
     flags = options(port=port, headless=headless, address=address)
     bootstrap.load_config_options(flags)
-    bootstrap.run(str(APP), False, [str(run.path)], flags)
+    bootstrap.run(str(APP), False, found, flags)
 
 
 def options(*, port: int, headless: bool, address: str) -> dict[str, Any]:

@@ -1,28 +1,111 @@
-"""What the viewer's pages share: which run is shown, how it is opened, how trouble is told."""
+"""What the viewer's pages share: which runs are shown, how addresses name things, how trouble is told."""
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import parse_qsl, urlencode
 
 import streamlit as st
 
 from sae.errors import UserError
 from train.run_folder import EVAL, RUN
 from viewer import markup, runs
+from viewer.index.storage import MANIFEST, TEXTS
+
+PAGES = {"overview": "", "feature": "feature"}
+"""Pages by name, as modules and in addresses: the overview is what an address without a page shows."""
+_STAMPED = (RUN, EVAL, f"index/{TEXTS}/{MANIFEST}", f"{TEXTS}/{MANIFEST}")
+
+# A link has an address, so that it can be copied and opened in another tab; a plain click is told to Python
+# instead, because following an address would load the whole page anew.
+_FOLLOW = """
+export default function ({ setTriggerValue }) {
+  const follow = (event) => {
+    const link = event.target.closest?.("a[data-js-link]");
+    if (!link || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
+    event.preventDefault();
+    setTriggerValue("to", link.getAttribute("href"));
+  };
+  document.addEventListener("click", follow);
+  return () => document.removeEventListener("click", follow);
+}
+"""
 
 
-def run_path() -> Path:
-    """The run folder named on the command line: `streamlit run app.py -- RUN`."""
-    return Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
+def run_paths() -> dict[str, Path]:
+    """The folders named on the command line, by the names that addresses give them.
+
+    A run is called as its folder; where two folders are called the same, as much of their paths as tells
+    them apart.
+    """
+    return named([Path(argument) for argument in sys.argv[1:]] or [Path()])
+
+
+def named(paths: Sequence[Path]) -> dict[str, Path]:
+    """Each folder by the shortest end of its path that no other has; the same folder twice is one."""
+    resolved = list(dict.fromkeys(Path(os.path.abspath(path)) for path in paths))
+    names: dict[str, Path] = {}
+    for path in resolved:
+        for length in range(1, len(path.parts) + 1):
+            end = path.parts[-length:]
+            if sum(other.parts[-length:] == end for other in resolved) == 1:
+                break
+        names["/".join(part.strip("/") for part in end) or "/"] = path
+    return names
+
+
+def current() -> str:
+    """The name of the run that the address asks for, else the one seen last, else the first."""
+    known = run_paths()
+    asked = st.query_params.get("run")
+    if asked is not None and asked not in known:
+        st.warning(plain(f"This viewer has no run {asked[:80]!r}. It has {', '.join(known)}."))
+    for name in (asked, st.session_state.get("last_run")):
+        if name in known:
+            st.session_state["last_run"] = name
+            return name
+    return next(iter(known))
+
+
+def address(page: str, **parameters: object) -> str:
+    """Where a page shows something, of the current run unless `run` is among the parameters.
+
+    For `href` in HTML of our own, escaped by the caller, beside the attribute `data-js-link`.
+    """
+    return f"{PAGES[page] or '.'}?{urlencode({'run': current(), **parameters})}"
+
+
+def go(page: str, **parameters: object) -> None:
+    """Shows another page at once."""
+    query = {name: str(value) for name, value in {"run": current(), **parameters}.items()}
+    st.switch_page(st.session_state["pages"][page], query_params=query)
+
+
+def follow_links() -> None:
+    """Makes links with `data-js-link` fast. Once in a script, before the page is drawn."""
+    clicked = _links()(key="links", on_to_change=lambda: None).to
+    if clicked:
+        page, _, query = clicked.partition("?")
+        names = {where or ".": name for name, where in PAGES.items()}
+        if page in names:
+            go(names[page], **dict(parse_qsl(query, keep_blank_values=True)))
 
 
 def render(show: Callable[[runs.Run], None]) -> None:
-    """Draws a page of the run; whatever the user can put right becomes a message in the page's place."""
+    """Draws a page of the current run; what the user can put right becomes a message in the page's place."""
     st.html(markup.STYLE)
     try:
-        show(_open(run_path()))
+        show(open_run(current()))
     except UserError as error:
         st.error(plain(str(error)), icon=":material/error:")
+
+
+def open_run(name: str) -> runs.Run:
+    """One of the viewer's runs, opened once and again when it was written anew."""
+    path = run_paths()[name]
+    files = (path / name for name in _STAMPED)
+    return _run(str(path), tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files))
 
 
 def plain(text: str) -> str:
@@ -30,11 +113,18 @@ def plain(text: str) -> str:
     return "".join(f"\\{c}" if c in r"\`*_{}[]()#+-.!|~<>$:&" else c for c in text)
 
 
-def _open(path: Path) -> runs.Run:
-    stamp = tuple((path / name).stat().st_mtime_ns if (path / name).is_file() else 0 for name in (RUN, EVAL))
-    return _run(str(path), stamp)
+def set_address(**parameters: object) -> None:
+    """Makes the page's address say what it shows, so that it can be copied and reloaded."""
+    wanted: Mapping[str, str] = {name: str(value) for name, value in {"run": current(), **parameters}.items()}
+    if st.query_params.to_dict() != wanted:
+        st.query_params.from_dict(wanted)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _run(path: str, stamp: tuple[int, ...]) -> runs.Run:
     return runs.open(path)
+
+
+@st.cache_resource(show_spinner=False)
+def _links() -> Callable:
+    return st.components.v2.component("jumpscope_links", js=_FOLLOW)

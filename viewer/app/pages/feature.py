@@ -8,7 +8,7 @@ import streamlit as st
 from activations.sites import site_label
 from sae.errors import UserError
 from viewer import cards, charts, markup
-from viewer.app.shell import plain, render
+from viewer.app.shell import plain, render, set_address
 from viewer.features import Feature, Site
 from viewer.runs import Run
 
@@ -102,8 +102,7 @@ def show_feature(feature: Feature) -> None:
 
 def go(site: str, latent: int) -> None:
     """Makes a feature the one shown, in the address and for the next visit to this page."""
-    if st.query_params.to_dict() != {"site": site, "latent": str(latent)}:
-        st.query_params.from_dict({"site": site, "latent": str(latent)})
+    set_address(site=site, latent=latent)
     st.session_state["last_site"], st.session_state["last_latent"] = site, latent
 
 

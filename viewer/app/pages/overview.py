@@ -1,7 +1,6 @@
 """Every layer at a glance: what it costs, how it trained."""
 
 import html
-from urllib.parse import urlencode
 
 import pandas as pd
 import streamlit as st
@@ -9,7 +8,7 @@ import streamlit as st
 from activations.sites import site_label
 from sae.numbers import format_count
 from viewer import charts, markup
-from viewer.app.shell import plain, render
+from viewer.app.shell import address, plain, render
 from viewer.runs import Run
 
 _PARAMETERS = ("step", "site", "layer")
@@ -70,8 +69,8 @@ def show_table(run: Run, overview: pd.DataFrame) -> None:
     for row in overview.to_dict("records"):
         label = html.escape(site_label(row["site"]))
         if row["site"] in with_index:
-            link = html.escape(f"feature?{urlencode({'site': row['site']})}")
-            label = f'<a href="{link}" target="_self">{label}</a>'
+            link = html.escape(address("feature", site=row["site"]))
+            label = f'<a href="{link}" target="_self" data-js-link>{label}</a>'
         error = (
             f" <small>± {markup.number(row['delta_ce_se'], 2)}</small>"
             if pd.notna(row["delta_ce_se"])
