@@ -138,7 +138,7 @@ def _table(metrics: pd.DataFrame, health: pd.DataFrame) -> str:
         *("site", "L0 of target", "FVU", "delta CE, nats", "CE recovered (mean)", "CE recovered (zero)"),
         *("dead", "silent", "dense", "duplicates"),
     ]
-    note = "Dead: silent in the evaluation. Silent, dense (on more than a tenth of tokens), duplicates: in the index."
+    note = "Dead: silent in the evaluation. Silent, dense (over a tenth of tokens), duplicates: in the index."
     return markup.table_html(headings, rows) + markup.note_html(note)
 
 
@@ -172,9 +172,9 @@ def _thresholds(health: pd.DataFrame) -> str:
         names="median, and the middle 80 % of latents",
     ) + figures.by_layer(known, shares, title="Latents whose threshold does not sit well", as_percent=True)
     note = (
-        "Near 1, latents fire at the edge of their thresholds and a small change silences them; near 0, the "
-        "threshold holds nothing back and weak firings count. A latent whose highest activation is barely above "
-        "its threshold never stands out from its noise."
+        "Near 1, latents fire at the edge of their thresholds and a small change silences them; near 0, "
+        "thresholds hold nothing back and weak firings count. A latent whose highest activation is barely "
+        "above its threshold never stands out from its noise."
     )
     return _section("Thresholds", f'<div class="js-figs">{drawn}</div>{markup.note_html(note)}')
 
