@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 import sae
@@ -161,6 +161,21 @@ class SiteTables:
         return pc.fill_null(self.latents.columns(["label"])["label"], "").to_pylist()
 
     @functools.cached_property
+    def folded_labels(self) -> pa.Array:
+        """The same in one case, to search in."""
+        return pa.array([label.casefold() for label in self.automatic_labels], pa.string())
+
+    @functools.cached_property
+    def top_driver(self) -> Int[np.ndarray, " latent"]:
+        """The token that drives each latent most, by share of its activation; -1 for none."""
+        drivers = self.all_drivers
+        # by activation comes before by lift, and rank 0 first
+        latent, first = np.unique(drivers["latent"], return_index=True)
+        token = np.full(self.n_latents, -1, np.int32)
+        token[latent] = drivers["token"][first]
+        return token
+
+    @functools.cached_property
     def all_drivers(self) -> dict[str, np.ndarray]:
         """The columns of drivers.parquet that are numbers; a token may stand in both orders of a latent."""
         names = ["latent", "token", "count", "mean", "share", "lift"]
@@ -199,6 +214,7 @@ class IndexFolder:
         self.root, self.home = root, home
         self.annotations = Annotations(home)
         self._dictionaries: dict[str, sae.Dictionary] = {}
+        self._norms: dict[str, Float[Tensor, " latent"]] = {}
         self._sites: dict[str, tuple[int, SiteTables]] = {}
         self._shared: dict[str, tuple[int, Any]] = {}
 
@@ -257,6 +273,12 @@ class IndexFolder:
     def decoder(self, site: str) -> Float[Tensor, "latent d_out"]:
         """The decoder rows of a site, on the CPU. Raises UserError as `dictionary` does."""
         return self.dictionary(site).W_dec.detach().float().cpu()
+
+    def decoder_norm(self, site: str) -> Float[Tensor, " latent"]:
+        """The L2 norms of a site's decoder rows, taken once; never 0."""
+        if site not in self._norms:
+            self._norms[site] = self.decoder(site).norm(dim=1).clamp_min(1e-30)
+        return self._norms[site]
 
     def _kept(self, name: str, path: Path, read: Callable[[], Any]) -> Any:
         stamp = _stamp(path)
