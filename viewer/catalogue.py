@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int
 
 from activations.sites import layer_of
 from sae.errors import UserError
+from viewer.tables import containing
 
 if TYPE_CHECKING:
     from viewer.runs import Run
@@ -123,8 +124,7 @@ class Catalogue:
         elif choice.state:
             keep &= self._state == choice.state
         if choice.label:
-            found = pc.match_substring(self._labels(), choice.label.casefold())
-            keep &= found.to_numpy(zero_copy_only=False)
+            keep &= containing(self._labels(), choice.label.casefold())
         return keep
 
     def _order(
@@ -158,10 +158,10 @@ class Catalogue:
             labels = tables.folded_labels
             own = {n: text for n, text in self._index.annotations.labels(site).items() if n < len(labels)}
             if own:
-                mask = np.zeros(len(labels), bool)
-                mask[list(own)] = True
-                texts = pa.array([own[n].casefold() for n in sorted(own)], pa.string())
-                labels = pc.replace_with_mask(labels, pa.array(mask), texts)
+                texts = labels.to_pylist()
+                for latent, text in own.items():
+                    texts[latent] = text.casefold()
+                labels = pa.array(texts, pa.string())
             arrays.append(labels)
         return pa.concat_arrays(arrays) if arrays else pa.array([], pa.string())
 
@@ -224,6 +224,9 @@ def _whole(run: "Run") -> tuple[dict, dict[str, str]]:
 def _ranks(texts: pa.Array) -> Int[np.ndarray, " text"]:
     """The place of each text in the alphabet; -1 for the empty one. Equal texts share a place."""
     encoded = texts.dictionary_encode()
-    rank = pc.rank(encoded.dictionary, sort_keys="ascending").to_numpy().astype(np.int64)
-    rank[pc.equal(encoded.dictionary, "").to_numpy(zero_copy_only=False)] = -1
+    options = pc.RankOptions(sort_keys="ascending")
+    rank = pc.call_function("rank", [encoded.dictionary], options).to_numpy().astype(np.int64)
+    empty = encoded.dictionary.index("").as_py()
+    if empty >= 0:
+        rank[empty] = -1
     return rank[encoded.indices.to_numpy()]
