@@ -9,7 +9,7 @@ import streamlit as st
 from activations.sites import site_label
 from sae.numbers import format_count
 from viewer import charts, figures, markup
-from viewer.app.shell import PAGES, address, plain, render, set_address
+from viewer.app.shell import address, plain, render, set_address
 from viewer.health import BARELY, LOG10_EDGES
 from viewer.runs import Run
 
@@ -124,7 +124,7 @@ def _table(metrics: pd.DataFrame, health: pd.DataFrame) -> str:
         )
         rows.append(
             [
-                _link(name, "features" if "features" in PAGES else "feature", site=site) if whole else name,
+                _link(name, "features", site=site) if whole else name,
                 markup.number(row["l0"]) + target,
                 markup.number(row["fvu"]),
                 markup.number(row["delta_ce"]) + spread,
@@ -147,7 +147,7 @@ def _densities(health: pd.DataFrame) -> str:
     drawn = []
     for row in health.loc[health["trouble"] == ""].to_dict("records"):
         note = f"{row['silent']:,.0f} silent, {row['dense']:,.0f} dense"
-        where = address("features" if "features" in PAGES else "feature", site=row["site"])
+        where = address("features", site=row["site"])
         drawn.append(
             figures.density(
                 row["density"], LOG10_EDGES.tolist(), name=site_label(row["site"]), link=where, note=note
@@ -209,7 +209,7 @@ def _count(row: dict, state: str) -> str:
     if not math.isfinite(row[state]):
         return "–"
     text = f"{row[state]:,.0f}"
-    if "features" not in PAGES or not row[state]:
+    if not row[state]:
         return text
     return _link(text, "features", site=row["site"], state=state.removesuffix("s"))
 
