@@ -56,6 +56,7 @@ class Run(LiveCalls):
         """None where there is an index and no run."""
         self.index = IndexFolder(index, path)
         self._sites: Kept[Site] = Kept()
+        self._log: Kept[pd.DataFrame] = Kept()
         self._health: Kept[dict[str, Any]] = Kept()
         self._catalogue: Kept[Catalogue] = Kept()
 
@@ -230,7 +231,9 @@ class Run(LiveCalls):
 
     def curves(self) -> pd.DataFrame:
         """The training log: a row per logging step and site. Empty when nothing was logged."""
-        return self.folder.metrics() if self.folder else pd.DataFrame()
+        if not self.folder:
+            return pd.DataFrame()
+        return self._log.get(None, self.folder.metrics_stamp(), self.folder.metrics).copy()
 
     def last_step(self) -> pd.DataFrame:
         """The last row of the training log of each site, with layer and kind. Empty as `curves`."""

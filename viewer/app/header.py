@@ -28,7 +28,7 @@ a[data-js-link]:focus-visible,summary:focus-visible,[tabindex]:focus-visible{
   outline:2px solid rgb(20,150,130);outline-offset:2px;border-radius:3px}
 @media(max-width:40rem){.js-runs{flex-basis:100%} .js-runs ul{right:auto;left:0}}
 .js-section{font-size:1.3rem;font-weight:600;margin:1.75rem 0 .75rem;padding:0}
-.js-figs+.js-scroll{margin-top:1rem}
+section+.js-scroll{margin-top:1.75rem}
 </style>"""
 _LONGEST_STATE = 40
 
