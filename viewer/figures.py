@@ -69,11 +69,11 @@ class _Axes:
     layers: tuple[int, int]
     ticks: list[float]
 
-    def x(self, layer: float) -> float:
+    def x(self, layer: int) -> float:
         first, last = self.layers
         return 50.0 if first == last else 100 * (layer - first) / (last - first)
 
-    def y(self, value: float) -> float:
+    def y(self, value: float | int) -> float:
         low, high = self.ticks[0], self.ticks[-1]
         return 100 * (1 - (value - low) / (high - low))
 
@@ -146,7 +146,7 @@ def ranges(frame: pd.DataFrame, columns: tuple[str, str, str], *, title: str, na
 
 
 def density(
-    counts: Sequence[int], edges: Sequence[float], *, name: str, link: str = "", note: str = ""
+    counts: Sequence[int], edges: Sequence[float | int], *, name: str, link: str = "", note: str = ""
 ) -> str:
     """How many latents fire how often, small: bins of log10 of the share of tokens, `edges` around them.
 
@@ -192,13 +192,13 @@ def _lines(frame: pd.DataFrame, columns: Mapping[str, str]) -> list[tuple[str, s
     ]
 
 
-def _reach(row: Row, column: str, error: str) -> tuple[float, float]:
+def _reach(row: Row, column: str, error: str) -> tuple[float | int, float | int]:
     """A value less and plus its error, where it has one."""
     spread = row[error] if error and math.isfinite(row[error]) else 0.0
     return row[column] - spread, row[column] + spread
 
 
-def _fit(frame: pd.DataFrame, values: Iterable[float]) -> _Axes:
+def _fit(frame: pd.DataFrame, values: Iterable[float | int]) -> _Axes:
     """Axes that hold all values and 0."""
     known = [0.0, *(value for value in values if math.isfinite(value))]
     low, high = min(known), max(known)
@@ -227,19 +227,19 @@ def _dot(mark: str, x: float, y: float, told: str) -> str:
     return f'<i class="js-dot js-{mark}" style="{where}" title="{html.escape(told)}"></i>'
 
 
-def _range_of(rows: Sequence[Row], column: str, say: Callable[[float], str]) -> str:
+def _range_of(rows: Sequence[Row], column: str, say: Callable[[float | int], str]) -> str:
     known = [row[column] for row in rows if math.isfinite(row[column])]
     return f"from {say(min(known))} to {say(max(known))}" if known else "not known"
 
 
-def _tick(value: float) -> str:
+def _tick(value: float | int) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
 
 
-def _tick_percent(value: float) -> str:
+def _tick_percent(value: float | int) -> str:
     return f"{_tick(100 * value)} %"
 
 
-def _share(power: float) -> str:
+def _share(power: float | int) -> str:
     """10 to a power, as a share of tokens: 1e-4, 0.01, 1."""
     return f"{10.0**power:.2g}" if power > -2.01 else f"{10.0**power:.0e}".replace("e-0", "e-")

@@ -209,7 +209,9 @@ class Run(LiveCalls):
         table = self.folder.eval_table() if self.folder else {}
         rows = [{"site": s, "layer": layer_of(s), "kind": kind_of(s), **table.get(s, {})} for s in self.sites]
         frame = pd.DataFrame(rows)
-        return frame.reindex(columns=[*frame.columns, *(m for m in _METRICS if m not in frame)])
+        frame = frame.reindex(columns=[*frame.columns, *(m for m in _METRICS if m not in frame)])
+        # what is null in eval.json is no number
+        return frame.assign(**{m: pd.to_numeric(frame[m], errors="coerce") for m in _METRICS})
 
     def health(self) -> pd.DataFrame:
         """A row a site: site, layer, kind, the numbers of `viewer.health.site_health`, and trouble.
