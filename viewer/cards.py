@@ -11,7 +11,7 @@ from viewer.features import Feature
 CONTEXT, BAND_CONTEXT = 40, 16
 """Tokens that a card shows either side of an example's peak: of the highest, and in the bands."""
 _TEXT_CONTEXT, _TEXT_AFTER = 12, 6
-_KINDS = {"cosine": "Same layer", "previous": "Layer before", "next": "Layer after"}
+KINDS = {"cosine": "Same layer", "previous": "Layer before", "next": "Layer after"}
 _RELATED, _DRIVERS, _EXAMPLES, _TEXT_EXAMPLES = 5, 8, 8, 5
 _LONGEST_LINE = 120
 
@@ -21,9 +21,9 @@ def feature_text(feature: Feature) -> str:
     site = feature.site
     lines = [f"{site.name} latent {feature.latent}: " + ", ".join(f"{n} {v}" for n, v in feature.facts())]
     if feature.label:
-        lines.append(f"  {_one_line(feature.label)} ({_source(feature)})")
+        lines.append(f"  {one_line(feature.label)} ({source(feature)})")
     if feature.notes:
-        lines.append(f"  notes  {_one_line(feature.notes)}")
+        lines.append(f"  notes  {one_line(feature.notes)}")
     logits, drivers = feature.logits(), feature.drivers()
     for tokens, word in (
         (drivers["token"].head(_DRIVERS), "fires on"),
@@ -45,7 +45,7 @@ def feature_html(feature: Feature) -> str:
     return (
         f'{markup.STYLE}<div class="js-card"><h4>{html.escape(feature.title())}</h4>'
         f"{label_html(feature)}{markup.facts_html(feature.facts())}"
-        f"{markup.histogram_svg(feature.histogram())}{markup.logits_html(feature.logits())}"
+        f"{markup.histogram_html(feature.histogram())}{markup.logits_html(feature.logits())}"
         f"{markup.drivers_html(feature.drivers().head(_DRIVERS))}"
         f"{examples_html(feature)}{related_html(feature)}</div>"
     )
@@ -56,10 +56,10 @@ def label_html(feature: Feature) -> str:
     shown = ""
     if feature.label:
         why = feature.label_evidence if feature.label_source == "automatic" else feature.automatic_label
-        title = html.escape(_one_line(why))
+        title = html.escape(one_line(why))
         shown = (
-            f'<p class="js-label" title="{title}">{html.escape(_one_line(feature.label))} '
-            f"<small>{_source(feature)}</small></p>"
+            f'<p class="js-label" title="{title}">{html.escape(one_line(feature.label))} '
+            f"<small>{source(feature)}</small></p>"
         )
     return shown + (markup.note_html(markup.readable_text(feature.notes)) if feature.notes else "")
 
@@ -79,7 +79,7 @@ def examples_html(feature: Feature) -> str:
 def related_html(feature: Feature) -> str:
     """Its neighbours by decoder cosine and what fires with it, side by side."""
     near, together = feature.neighbours(), feature.cofiring()
-    lists = [_related_list(name, near.loc[near["kind"] == kind], "cosine") for kind, name in _KINDS.items()]
+    lists = [_related_list(name, near.loc[near["kind"] == kind], "cosine") for kind, name in KINDS.items()]
     lists.append(_related_list("Fires together", together, "phi"))
     return f'<div class="js-logits">{"".join(lists)}</div>'
 
@@ -88,8 +88,8 @@ def _related_list(heading: str, rows: pd.DataFrame, value: str) -> str:
     if not len(rows):
         return ""
     items = "".join(
-        f'<li title="{html.escape(_one_line(row["label"]))}"><span class="js-t">{_place(row["site"])} · '
-        f"{row['latent']} <small>{html.escape(_one_line(row['label']))}</small></span>"
+        f'<li title="{html.escape(one_line(row["label"]))}"><span class="js-t">{_place(row["site"])} · '
+        f"{row['latent']} <small>{html.escape(one_line(row['label']))}</small></span>"
         f"<span>{row[value]:.2f}</span></li>"
         for row in rows.head(_RELATED).to_dict("records")
     )
@@ -100,10 +100,12 @@ def _place(site: str) -> str:
     return html.escape(site_label(site))
 
 
-def _source(feature: Feature) -> str:
+def source(feature: Feature) -> str:
+    """Whose its label is."""
     return "your label" if feature.label_source == "yours" else "automatic label"
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Text of people or rules on one line of bounded length, not yet escaped."""
     line = " ".join(markup.readable_text(text).split())
     return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + "…"

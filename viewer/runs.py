@@ -3,7 +3,10 @@
 run = viewer.open("runs/demo");  run.layer(9)[123];  run.find(token=" Paris");  run.sql("select ...")
 """
 
+import contextlib
+import functools
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +17,15 @@ from activations.sites import kind_of, layer_of, site_label
 from sae.errors import UserError
 from train.run_folder import RUN, RunFolder
 from viewer import find, markup
+from viewer.catalogue import Catalogue, Choice, Found
 from viewer.compare import Comparison, compare
 from viewer.features import Feature, Site
+from viewer.health import NUMBERS, site_health
 from viewer.index.storage import MANIFEST, TEXTS
 from viewer.live.calls import LiveCalls
+from viewer.once import Kept
 from viewer.query import query
-from viewer.tables import IndexFolder
+from viewer.tables import IndexFolder, SiteTables
 
 if TYPE_CHECKING:
     from activations.models import LanguageModel
@@ -49,7 +55,10 @@ class Run(LiveCalls):
         self.folder = folder
         """None where there is an index and no run."""
         self.index = IndexFolder(index, path)
-        self._sites: dict[str, Site] = {}
+        self._sites: Kept[Site] = Kept()
+        self._log: Kept[pd.DataFrame] = Kept()
+        self._health: Kept[dict[str, Any]] = Kept()
+        self._catalogue: Kept[Catalogue] = Kept()
 
     @property
     def sites(self) -> list[str]:
@@ -65,11 +74,7 @@ class Run(LiveCalls):
     def site(self, name: str) -> Site:
         """A site's features. Raises UserError when the run has no such site or the site no whole index."""
         self._check(name)
-        tables = self.index.site(name)
-        kept = self._sites.get(name)
-        if kept is None or kept.tables is not tables:
-            kept = self._sites[name] = Site(self.index, name)
-        return kept
+        return self._sites.get(name, self.index.site(name), lambda: Site(self.index, name))
 
     def site_at(self, layer: int, kind: str | None = None) -> str:
         """The site at a layer. `kind` (`resid_post`, `mlp_out`, ...) is needed where a layer has several."""
@@ -127,9 +132,10 @@ class Run(LiveCalls):
         token: str | int | None = None,
         text: str | None = None,
         like: Feature | None = None,
+        sites: Sequence[str] | None = None,
         limit: int = 20,
     ) -> pd.DataFrame:
-        """Latents of all indexed sites, best first: site, layer, latent, label, why, score and more.
+        """Latents, best first: site, layer, latent, label, why, score and more; of `sites`, or all indexed.
 
         By `token`: those that fire on it, as it reads (" Paris", with its space) or by its number. By
         `text`: those whose label, tokens, contexts or logits have its words. By `like`: those whose decoder
@@ -141,12 +147,28 @@ class Run(LiveCalls):
                 "find needs one of token, text and like", f"{len(asked)} of them", "give just one"
             )
         if like is not None:
-            return find.find_like(like, {s: self.index.decoder(s) for s in self.sites}, self.index, limit)
+            return find.find_like(like, self.index, sites or self.sites, limit)
         if not self.indexed:
             raise self._no_index()
         if token is not None:
-            return find.find_token(token, self.index, self.indexed, limit)
-        return find.find_text(str(text), self.index, self.indexed, limit)
+            return find.find_token(token, self.index, sites or self.indexed, limit)
+        return find.find_text(str(text), self.index, sites or self.indexed, limit)
+
+    def follow(self, feature: Feature) -> pd.DataFrame:
+        """The same direction through the layers: site, layer, latent, label, cosine, a row a site.
+
+        At each other site the latent whose decoder row has the highest cosine with the feature's. Sites
+        that write to another width are left out. Raises UserError when the dictionaries are not here.
+        """
+        return find.follow(feature, self.index, self.sites)
+
+    def browse(
+        self, choice: Choice, among: pd.DataFrame | None = None, *, start: int = 0, rows: int = 50
+    ) -> Found:
+        """A page of the latents that `choice` leaves, of those of `among` (an answer of `find`) or of all."""
+        tables, torn = self._whole()
+        catalogue = self._catalogue.get("", tables, lambda: Catalogue(self.index, tables))
+        return catalogue.browse(choice, among, torn, start=start, rows=rows)
 
     def compare(
         self,
@@ -187,18 +209,53 @@ class Run(LiveCalls):
         table = self.folder.eval_table() if self.folder else {}
         rows = [{"site": s, "layer": layer_of(s), "kind": kind_of(s), **table.get(s, {})} for s in self.sites]
         frame = pd.DataFrame(rows)
-        return frame.reindex(columns=[*frame.columns, *(m for m in _METRICS if m not in frame)])
+        frame = frame.reindex(columns=[*frame.columns, *(m for m in _METRICS if m not in frame)])
+        # what is null in eval.json is no number
+        return frame.assign(**{m: pd.to_numeric(frame[m], errors="coerce") for m in _METRICS})
+
+    def health(self) -> pd.DataFrame:
+        """A row a site: site, layer, kind, the numbers of `viewer.health.site_health`, and trouble.
+
+        trouble says why a site's index cannot be read, and is "" where it can; its numbers are NaN, and its
+        `density` None. So one torn index hides no other.
+        """
+        rows, have = [], set(self.index.sites())
+        for site in self.sites:
+            row: dict[str, Any] = {"site": site, "layer": layer_of(site), "kind": kind_of(site)}
+            try:
+                tables = self.index.site(site)
+                row |= self._health.get(site, tables, functools.partial(site_health, tables))
+                trouble = ""
+            except UserError as error:
+                trouble = str(error) if site in have else "no index"
+            rows.append({**row, "trouble": trouble})
+        return pd.DataFrame(rows).reindex(columns=["site", "layer", "kind", *NUMBERS, "density", "trouble"])
 
     def curves(self) -> pd.DataFrame:
         """The training log: a row per logging step and site. Empty when nothing was logged."""
-        return self.folder.metrics() if self.folder else pd.DataFrame()
+        if not self.folder:
+            return pd.DataFrame()
+        return self._log.get(None, self.folder.metrics_stamp(), self.folder.metrics).copy()
+
+    def last_step(self) -> pd.DataFrame:
+        """The last row of the training log of each site, with layer and kind. Empty as `curves`."""
+        log = self.curves()
+        if log.empty or not {"step", "site"} <= set(log.columns):
+            return pd.DataFrame()
+        last = log.groupby("site").last()
+        rows = [{"site": s, "layer": layer_of(s), "kind": kind_of(s)} for s in self.sites if s in last.index]
+        return pd.DataFrame(rows).join(last, on="site")
 
     def config(self) -> dict[str, Any]:
         """The training config; without a run, the model and corpus of the index."""
         if self.folder:
             return self.folder.config()
-        manifest = self.index.site(self.sites[0]).manifest
-        return {key: manifest[key] for key in ("model", "corpus") if key in manifest}
+        for site in self.sites:
+            # one torn site must not hide what the others say
+            with contextlib.suppress(UserError):
+                manifest = self.index.site(site).manifest
+                return {key: manifest[key] for key in ("model", "corpus") if key in manifest}
+        return {}
 
     def state(self) -> str:
         """`running`, `done`, `stopped: why`, `failed: why`, or `index only`."""
@@ -233,6 +290,16 @@ class Run(LiveCalls):
 
     def _index_of(self, site: str) -> Site | None:
         return self.site(site) if site in self.indexed else None
+
+    def _whole(self) -> tuple[dict[str, SiteTables], dict[str, str]]:
+        """The tables of the sites whose index can be read, and why the others' cannot."""
+        tables, torn = {}, {}
+        for site in self.indexed:
+            try:
+                tables[site] = self.site(site).tables
+            except UserError as error:
+                torn[site] = str(error)
+        return tables, torn
 
     def _in_state(self, state: str) -> pd.DataFrame:
         latents = self.latents()

@@ -1,5 +1,6 @@
 """What the viewer's pages share: which runs are shown, how addresses name things, how trouble is told."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -7,14 +8,17 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
 import streamlit as st
+from streamlit.components.v2 import component
 
 from sae.errors import UserError
 from train.run_folder import EVAL, RUN
 from viewer import markup, runs
 from viewer.index.storage import MANIFEST, TEXTS
+from viewer.once import Kept
 
-PAGES = {"overview": "", "feature": "feature"}
+PAGES = {"overview": "", "features": "features", "feature": "feature"}
 """Pages by name, as modules and in addresses: the overview is what an address without a page shows."""
+_RUNS: Kept[runs.Run] = Kept()
 _STAMPED = (RUN, EVAL, f"index/{TEXTS}/{MANIFEST}", f"{TEXTS}/{MANIFEST}")
 
 # A link has an address, so that it can be copied and opened in another tab; a plain click is told to Python
@@ -29,6 +33,32 @@ export default function ({ setTriggerValue }) {
   };
   document.addEventListener("click", follow);
   return () => document.removeEventListener("click", follow);
+}
+"""
+
+# the address that a link to copy leads to, in full; where the clipboard is closed to pages that are not
+# served over https, the old way
+_COPY = """
+export default function () {
+  const copy = async (event) => {
+    const link = event.target.closest?.("a[data-js-copy]");
+    if (!link) return;
+    event.preventDefault();
+    try {
+      await navigator.clipboard.writeText(link.href);
+    } catch {
+      const box = document.body.appendChild(document.createElement("textarea"));
+      box.value = link.href;
+      box.select();
+      document.execCommand("copy");
+      box.remove();
+    }
+    const said = link.textContent;
+    link.textContent = "Copied";
+    setTimeout(() => (link.textContent = said), 1500);
+  };
+  document.addEventListener("click", copy);
+  return () => document.removeEventListener("click", copy);
 }
 """
 
@@ -58,17 +88,14 @@ def named(paths: Sequence[Path]) -> dict[str, Path]:
 def current() -> str:
     """The name of the run that the address asks for, else the one seen last, else the first."""
     known = run_paths()
-    asked = st.query_params.get("run")
-    if asked is not None and asked not in known:
-        st.warning(plain(f"This viewer has no run {asked[:80]!r}. It has {', '.join(known)}."))
-    for name in (asked, st.session_state.get("last_run")):
+    for name in (st.query_params.get("run"), st.session_state.get("last_run")):
         if name in known:
             st.session_state["last_run"] = name
             return name
     return next(iter(known))
 
 
-def address(page: str, **parameters: object) -> str:
+def address(page: str, /, **parameters: object) -> str:
     """Where a page shows something, of the current run unless `run` is among the parameters.
 
     For `href` in HTML of our own, escaped by the caller, beside the attribute `data-js-link`.
@@ -76,7 +103,7 @@ def address(page: str, **parameters: object) -> str:
     return f"{PAGES[page] or '.'}?{urlencode({'run': current(), **parameters})}"
 
 
-def go(page: str, **parameters: object) -> None:
+def go(page: str, /, **parameters: object) -> None:
     """Shows another page at once."""
     query = {name: str(value) for name, value in {"run": current(), **parameters}.items()}
     st.switch_page(st.session_state["pages"][page], query_params=query)
@@ -92,20 +119,43 @@ def follow_links() -> None:
             go(names[page], **dict(parse_qsl(query, keep_blank_values=True)))
 
 
+def copy_links() -> None:
+    """Makes links with `data-js-copy` copy their address."""
+    _copies()(key="copies")
+
+
 def render(show: Callable[[runs.Run], None]) -> None:
     """Draws a page of the current run; what the user can put right becomes a message in the page's place."""
     st.html(markup.STYLE)
+    known, asked = run_paths(), st.query_params.get("run")
+    if asked is not None and asked not in known:
+        st.warning(plain(f"This viewer has no run {asked[:80]!r}. It has {', '.join(known)}."))
     try:
         show(open_run(current()))
     except UserError as error:
         st.error(plain(str(error)), icon=":material/error:")
+    except OSError as error:
+        # a run may be deleted between two looks at it
+        st.error(plain(f"A file of the run cannot be read: {error}."), icon=":material/error:")
 
 
 def open_run(name: str) -> runs.Run:
     """One of the viewer's runs, opened once and again when it was written anew."""
-    path = run_paths()[name]
+    return _open(run_paths()[name])
+
+
+def warm(paths: Sequence[Path]) -> None:
+    """Reads what the first pages of runs need, while the browser loads the viewer's own code."""
+    for path in paths:
+        # a run that cannot be read is told by its page
+        with contextlib.suppress(UserError, OSError):
+            _open(path).health()
+
+
+def _open(path: Path) -> runs.Run:
     files = (path / name for name in _STAMPED)
-    return _run(str(path), tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files))
+    stamp = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
+    return _RUNS.get(path, stamp, lambda: runs.open(path))
 
 
 def plain(text: str) -> str:
@@ -120,11 +170,11 @@ def set_address(**parameters: object) -> None:
         st.query_params.from_dict(wanted)
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _run(path: str, stamp: tuple[int, ...]) -> runs.Run:
-    return runs.open(path)
+@st.cache_resource(show_spinner=False)
+def _links() -> Callable:
+    return component("jumpscope_links", js=_FOLLOW)
 
 
 @st.cache_resource(show_spinner=False)
-def _links() -> Callable:
-    return st.components.v2.component("jumpscope_links", js=_FOLLOW)
+def _copies() -> Callable:
+    return component("jumpscope_copies", js=_COPY)
