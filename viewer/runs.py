@@ -200,6 +200,11 @@ class Run(LiveCalls):
         manifest = self.index.site(self.sites[0]).manifest
         return {key: manifest[key] for key in ("model", "corpus") if key in manifest}
 
+    @property
+    def model_name(self) -> str:
+        """The language model whose activations its dictionaries read."""
+        return self.config().get("model") or self.dictionary(self.sites[0]).cfg.model
+
     def state(self) -> str:
         """`running`, `done`, `stopped: why`, `failed: why`, or `index only`."""
         return self.folder.state() if self.folder else "index only"

@@ -21,13 +21,16 @@ DENSE = 0.1
 
 
 @torch.inference_mode()
-def trace(live: Live, text: str, *, sites: Sequence[str] | None = None) -> "Trace":
+def trace(live: Live, text: str, *, sites: Sequence[str] | None = None, limit: int | None = None) -> "Trace":
     """Which features fire on a text: one forward pass, and each dictionary on what it reads there.
 
-    Special tokens are left out, as everywhere. Raises UserError for an empty text, one longer than the
-    model's context and a site that the run does not have.
+    Special tokens are left out, as everywhere. With a `limit` a longer text is cut after so many tokens.
+    Raises UserError for an empty text, one longer than the model's context and a site that the run does not
+    have.
     """
     tokens = live.tokens(text)
+    n_tokens = tokens.shape[1]
+    tokens = tokens if limit is None else tokens[:, : limit + (live.model.bos_id is not None)]
     dictionaries = live.dictionaries(sites)
     keep = live.ordinary(tokens[0])
     read = {made.cfg.site_in for made in dictionaries.values()}
@@ -42,7 +45,7 @@ def trace(live: Live, text: str, *, sites: Sequence[str] | None = None) -> "Trac
     texts = live.strings(tokens[0, keep])
     frame: Any = live.with_facts(firings)
     frame["token"] = np.array(texts, dtype=object)[frame["position"].to_numpy()]
-    return Trace(texts, list(dictionaries), frame[_COLUMNS])
+    return Trace(texts, list(dictionaries), frame[_COLUMNS], n_tokens - tokens.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +59,8 @@ class Trace:
     frame: pd.DataFrame
     """A row a firing: site, layer, position, token, latent, activation, share (of the highest activation that
     the index has seen of the latent), label, density. The last three are empty where there is no index."""
+    n_cut: int = 0
+    """Tokens of the text beyond the limit, which were not read."""
 
     def top(self, k: int = 1, *, densest: float = DENSE) -> pd.DataFrame:
         """The `k` strongest features at each site and position, by share; dense ones are left out.
