@@ -15,7 +15,7 @@ ICON = "data:image/svg+xml," + quote(
     '<circle cx="16" cy="16" r="3" fill="#f5a33c"/></svg>'
 )
 FOLDER = Path(__file__).resolve().parent / "pages"
-ICONS = {"overview": "layers", "feature": "biotech"}
+ICONS = {"overview": "layers", "feature": "biotech", "prompt": "grid_on", "steer": "tune"}
 
 st.set_page_config(page_title=f"{next(iter(run_paths()))} · jumpscope", page_icon=ICON, layout="wide")
 pages = {

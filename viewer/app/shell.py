@@ -13,7 +13,7 @@ from train.run_folder import EVAL, RUN
 from viewer import markup, runs
 from viewer.index.storage import MANIFEST, TEXTS
 
-PAGES = {"overview": "", "feature": "feature"}
+PAGES = {"overview": "", "feature": "feature", "prompt": "prompt", "steer": "steer"}
 """Pages by name, as modules and in addresses: the overview is what an address without a page shows."""
 _STAMPED = (RUN, EVAL, f"index/{TEXTS}/{MANIFEST}", f"{TEXTS}/{MANIFEST}")
 

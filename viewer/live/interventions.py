@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from activations.edits import Addition, Edit, ablate
+from activations.edits import Addition, Edit
 from activations.hooks import spliced
 from activations.losses import next_token_losses
 from sae.errors import UserError
@@ -69,11 +69,16 @@ def intervention(
 
 def _edit(added: Mapping[int, float], removed: Sequence[int]) -> Edit:
     """The edit of one site."""
-    addition, silence = Addition(added), ablate(*removed)
+    addition = Addition(added)
     if not removed:
         # one that can be written without going by the activations
         return addition
-    return lambda acts: addition(silence(acts)) if added else silence(acts)
+
+    def edit(acts: Tensor) -> Tensor:
+        acts[..., removed] = 0
+        return addition(acts) if added else acts
+
+    return edit
 
 
 def next_tokens(live: Live, text: str, k: int) -> pd.DataFrame:
@@ -238,16 +243,11 @@ class Generation:
         return f"{self.name}\n  {self.prompt!r} ...\n  with:    {self.text!r}\n  without: {self.without!r}"
 
     def _repr_html_(self) -> str:
-        columns = "".join(
-            f'<div style="flex:1 1 16rem"><div class="js-h">{head}</div>'
-            f'<p style="white-space:pre-wrap;overflow-wrap:anywhere;margin:0">'
-            f"<span class=js-m>{_shown(self.prompt)}</span>{_shown(text)}</p></div>"
-            for head, text in (("with", self.text), ("without", self.without))
-        )
-        return (
-            f'{markup.STYLE}<div class="js-card"><h4>{html.escape(self.name)}</h4>'
-            f'<div style="display:flex;gap:2rem;flex-wrap:wrap">{columns}</div></div>'
-        )
+        from viewer.live.pictures import STYLE, generation_html  # late: pictures are made of these
+
+        title = html.escape(markup.readable_text(self.name))
+        body = generation_html(self.prompt, self.text, self.without)
+        return f'{markup.STYLE}{STYLE}<div class="js-card"><h4>{title}</h4>{body}</div>'
 
 
 @dataclass(frozen=True, eq=False)
@@ -336,7 +336,7 @@ def _continued(
         for part in parts:
             # the first part begins with what it was given
             new += part[0, 0 if new else tokens.shape[1] :].tolist()
-            text = model.tokenizer.decode(new, skip_special_tokens=True)
+            text = str(model.tokenizer.decode(new, skip_special_tokens=True))
             if progress is not None:
                 progress(text, len(new))
     return text
@@ -351,10 +351,3 @@ def _highest(live: Live, key: Key) -> float:
             "a strength in units of a feature's highest activation needs one", found, 'give unit="absolute"'
         )
     return highest
-
-
-def _shown(text: str) -> str:
-    return "".join(
-        part if part == "\n" else html.escape(markup.readable(part, alone=False)) if part else ""
-        for part in text.replace("\n", "\0\n\0").split("\0")
-    )

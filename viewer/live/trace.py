@@ -67,25 +67,29 @@ class Trace:
 
         A feature that the index knows no highest activation of counts by its activation.
         """
-        frame = self.frame.loc[~(self.frame["density"] > densest)]
-        order = frame.assign(_strength=_strengths(frame)).sort_values(
-            by="_strength", ascending=False, kind="stable"
-        )
-        best = order.groupby(["site", "position"], sort=False).head(k)
+        best = self.strongest(self.frame, densest=densest)
+        best = best.assign(_rank=best.index).groupby(["site", "position"], sort=False).head(k)
         place = best["site"].map({site: number for number, site in enumerate(self.sites)})
         return (
             best.assign(_place=place)
-            .sort_values(by=["_place", "position", "_strength"], ascending=[True, True, False])
-            .drop(columns=["_place", "_strength"])
+            .sort_values(by=["_place", "position", "_rank"])
+            .drop(columns=["_place", "_rank"])
             .reset_index(drop=True)
         )
+
+    @staticmethod
+    def strongest(rows: pd.DataFrame, *, densest: float = DENSE) -> pd.DataFrame:
+        """Some rows of `frame`, strongest first as in `top`; dense features are left out."""
+        rows = rows.loc[~(rows["density"] > densest)]
+        order = strengths(rows).sort_values(ascending=False, kind="stable").index
+        return rows.loc[order].reset_index(drop=True)
 
     def heatmap(self, *, densest: float = DENSE) -> go.Figure:
         """Sites by tokens: how near the strongest feature is to its highest activation; three on hover."""
         best = self.top(3, densest=densest)
         depth = np.full((len(self.sites), len(self.tokens)), np.nan)
         hover = np.full(depth.shape, "", dtype=object)
-        best["strength"] = _strengths(best).clip(0, 1)
+        best["strength"] = strengths(best).clip(0, 1)
         groups: Any = best.groupby(["site", "position"], sort=False)
         for (site, position), rows in groups:
             place = self.sites.index(site), int(position)
@@ -97,7 +101,7 @@ class Trace:
         counts = self.frame.groupby("site", sort=False).size().reindex(self.sites, fill_value=0)
         first = f"trace of {len(self.tokens)} tokens through {len(self.sites)} sites"
         lines = [first + f": {len(self.frame):,} firings"]
-        best = self.top().assign(strength=lambda rows: _strengths(rows))
+        best = self.top().assign(strength=lambda rows: strengths(rows))
         for site in self.sites:
             rows = best.loc[best["site"] == site].nlargest(4, "strength")
             shown = "  ".join(
@@ -108,7 +112,7 @@ class Trace:
 
     def _repr_html_(self) -> str:
         best = self.top()
-        shares = _strengths(best).clip(0, 1)
+        shares = strengths(best).clip(0, 1)
         cells = {
             (row["site"], row["position"]): _cell(row, float(share))
             for row, share in zip(best.to_dict("records"), shares, strict=True)
@@ -165,7 +169,7 @@ def grid(
     return figure
 
 
-def _strengths(rows: Any) -> Any:
+def strengths(rows: Any) -> Any:
     """How strongly features fire: of their highest activation, or of their site's strongest of these rows."""
     most = rows.groupby("site")["activation"].transform("max")
     return rows["share"].fillna(rows["activation"] / most)
