@@ -58,7 +58,7 @@ def _absent(resident: Resident) -> None:
 
 
 def answer(resident: Resident, key: Hashable, compute: Callable[[], Any]) -> Any:
-    """`Resident.call`, telling while other sessions are ahead. None where the call is refused, which is told."""
+    """`Resident.call`, telling while others are ahead. None where the call is refused, which is told."""
     place = st.empty()
 
     def waiting(ahead: int) -> None:
@@ -125,8 +125,8 @@ def try_text(run: Run, feature: Feature) -> None:
         f'<div class="js-ex">{markup.example_html(trace.tokens, values, peak, top)}</div>'
         + markup.note_html(said + cut)
     )
-    link = html.escape(address("prompt", **({"text": text} if fits_address(text) else {})))
-    st.html(f'<a href="{link}" target="_self" data-js-link>All layers of this text</a>')
+    link = address("prompt", **({"text": text} if fits_address(text) else {}))
+    st.html(_link(link, "All layers of this text"))
 
 
 @st.fragment
@@ -148,8 +148,8 @@ def steer_box(run: Run, feature: Feature) -> None:
     steered = ((site, latent, strength),)
     generation(run, resident, steered, text, _BOX_TOKENS, 0.0, 0, only_kept=not asked)
     fits = {"text": text} if fits_address(text) else {}
-    link = html.escape(address("steer", f=f"{site}:{latent}:{strength:g}", **fits))
-    st.html(f'<a href="{link}" target="_self" data-js-link>More features and settings</a>')
+    link = address("steer", f=f"{site}:{latent}:{strength:g}", **fits)
+    st.html(_link(link, "More features and settings"))
 
 
 Steered = tuple[str, int, float | None]
@@ -199,6 +199,13 @@ def intervention(run: Run, steered: tuple[Steered, ...]) -> Any:
     strengths = {(site, latent): strength for site, latent, strength in steered if strength is not None}
     ablated = [(site, latent) for site, latent, strength in steered if strength is None]
     return run.intervene(strengths, ablated)
+
+
+def _link(href: str, text: str) -> str:
+    from viewer.live.pictures import STYLE
+
+    link = f'<a href="{html.escape(href)}" target="_self" data-js-link>{html.escape(text)}</a>'
+    return f'{STYLE}<div class="js-links">{link}</div>'
 
 
 def _keep(key: str) -> None:

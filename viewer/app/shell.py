@@ -11,6 +11,7 @@ import streamlit as st
 from sae.errors import UserError
 from train.run_folder import EVAL, RUN
 from viewer import markup, runs
+from viewer.app import background
 from viewer.index.storage import MANIFEST, TEXTS
 
 PAGES = {"overview": "", "feature": "feature", "prompt": "prompt", "steer": "steer"}
@@ -96,7 +97,10 @@ def render(show: Callable[[runs.Run], None]) -> None:
     """Draws a page of the current run; what the user can put right becomes a message in the page's place."""
     st.html(markup.STYLE)
     try:
-        show(open_run(current()))
+        run = open_run(current())
+        show(run)
+        # loaded from the first visit on, but after the page
+        background.resident(run)
     except UserError as error:
         st.error(plain(str(error)), icon=":material/error:")
 

@@ -129,7 +129,7 @@ table { border-collapse: separate; border-spacing: 1px; font-variant-numeric: ta
 th { font-weight: 400; text-align: right; padding: 0 .5rem 0 0; white-space: nowrap; }
 .corner { vertical-align: bottom; opacity: .75; }
 .corner, .site { position: sticky; left: 0; background: var(--st-background-color); z-index: 1; }
-.token { vertical-align: bottom; padding: .15rem 0; cursor: pointer; text-align: center; height: 7.5rem; }
+.token { vertical-align: bottom; padding: .15rem 0; cursor: pointer; text-align: center; }
 .token span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 7.2rem; overflow: hidden;
   text-overflow: ellipsis; unicode-bidi: isolate; line-height: 1.2; display: inline-block; }
 .column span { font-weight: 700; border-left: 2px solid var(--st-primary-color); }

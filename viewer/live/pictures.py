@@ -15,7 +15,10 @@ Href = Callable[[str, int], str]
 
 STYLE = """<style>
 .js-lab{display:inline-block;max-width:24rem;overflow:hidden;text-overflow:ellipsis;vertical-align:bottom}
-.js-table td.js-left,.js-table th.js-left{text-align:left}
+.js-live th:nth-child(-n+4):not(:nth-child(3)),.js-live td:nth-child(-n+4):not(:nth-child(3)){text-align:left}
+.js-chances th:nth-child(-n+3),.js-chances td:nth-child(-n+3){text-align:left}
+.js-links a{color:inherit;text-decoration-color:rgb(20,150,130);text-underline-offset:3px}
+.js-links ul{margin:.2rem 0 0;padding:0;list-style:none} .js-links li{padding:.15rem 0}
 .js-bar{display:inline-block;min-width:7.5rem;padding:0 .4rem;border-radius:3px}
 .js-sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem 2rem}
 .js-side{border:1px solid rgba(128,128,128,.3);border-radius:6px;padding:.6rem .9rem .8rem;min-height:9rem}
@@ -79,7 +82,7 @@ def next_tokens_html(frame: Any) -> str:
         ]
         for row in frame.to_dict("records")
     ]
-    return _table(["next token", "without", "with", "change"], cells)
+    return _table(["next token", "without", "with", "change"], cells, "js-chances")
 
 
 def generation_html(prompt: str, text: str, without: str, *, note: str = "") -> str:
@@ -93,8 +96,8 @@ def generation_html(prompt: str, text: str, without: str, *, note: str = "") -> 
     return f'<div class="js-sides">{sides}</div>' + (markup.note_html(note) if note else "")
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return STYLE + markup.table_html(headings, rows)
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "js-live") -> str:
+    return f'{STYLE}<div class="{kind}">{markup.table_html(headings, rows)}</div>'
 
 
 def _link(row: dict, href: Href) -> str:

@@ -22,8 +22,8 @@ SAMPLES = (
     "She opened the door and walked into the",
 )
 _LISTED, _LISTED_OF_ALL = 10, 25
+# tokens of a text whose next token is explained: gradients take the memory of every latent at each
 _EXPLAINED = 64
-"""Tokens of a text whose next token is explained: gradients take the memory of every latent at each."""
 _ROWS, _VERIFIED = 20, 10
 VIEWS = {"map": "Layers and tokens", "explain": "Explain the next token"}
 
@@ -181,12 +181,14 @@ def _attributions(rows: pd.DataFrame) -> str:
 
 
 def _samples() -> str:
+    from viewer.live.pictures import STYLE
+
     links = "".join(
         f'<li><a href="{html.escape(address("prompt", text=text))}" target="_self" data-js-link>'
         f"{html.escape(markup.readable_text(text.replace(chr(10), ' ')))}</a></li>"
         for text in SAMPLES
     )
-    return f'<p class="js-note">For instance</p><ul style="margin:.2rem 0 0 1.2rem">{links}</ul>'
+    return f'{STYLE}<div class="js-links"><p class="js-note">For instance</p><ul>{links}</ul></div>'
 
 
 def _labels(run: Run) -> int:

@@ -15,8 +15,8 @@ from viewer.app.shell import address, plain, render, set_address
 from viewer.runs import Run
 
 MOST_FEATURES, STRONGEST = 12, 4.0
+# new tokens: fewest, most, and as many as without being told
 _NEW = (1, 200, 40)
-"""New tokens: fewest, most, and as many as without being told."""
 _HOTTEST = 2.0
 _OFF = "off"
 _LONGEST_PROMPT = 4000
@@ -60,8 +60,8 @@ def _features(run: Run, steered: tuple[Steered, ...]) -> None:
     if not steered:
         st.html(
             markup.note_html(
-                "Choose a feature below, or come here from a feature's page. A strength of 1 adds its highest "
-                "activation at every token; ablated, it does not fire."
+                "Choose a feature below, or come here from a feature's page. A strength of 1 adds its "
+                "highest activation at every token; ablated, it does not fire."
             )
         )
     for place, (site, latent, strength) in enumerate(steered):
