@@ -15,7 +15,7 @@ SITES = [site_name(layer, "resid_post") for layer in range(3)]
 D_SAE = 40
 
 
-def tiny_run(path: Path, model: Path, *, index: bool = True) -> Path:
+def tiny_run(path: Path, model: Path | str, *, index: bool = True) -> Path:
     """A run on the model of `conftest.tiny_folder`, with dictionaries of random weights and their index."""
     run = RunFolder.create(path, {"model": str(model), "corpus": "made up"}, sites=SITES, device="cpu")
     dictionaries = {}

@@ -79,6 +79,7 @@ class Resident:
         self._model = model
         self._since = 0.0
         self._kept: OrderedDict[Hashable, Any] = OrderedDict()
+        self._keeping = threading.Lock()
 
     @property
     def seconds(self) -> float:
@@ -99,23 +100,28 @@ class Resident:
 
         Calls of all sessions go one after the other; `waiting` is told how many are ahead.
         """
-        if key not in self._kept:
+        answer = self.kept(key)
+        if answer is None:
             with self._model.turns.taken(waiting):
                 # another session may have asked for the same meanwhile
-                if key not in self._kept:
-                    self._kept[key] = compute()
-        answer = self.kept(key)
-        while len(self._kept) > _KEPT:
-            self._kept.popitem(last=False)
+                answer = self.kept(key)
+                if answer is None:
+                    answer = compute()
+                    self._keep(key, answer)
         return answer
 
     def kept(self, key: Hashable) -> Any:
         """An answer that is still kept, or None."""
-        answer = self._kept.get(key)
-        if answer is not None:
+        with self._keeping:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def _keep(self, key: Hashable, answer: Any) -> None:
+        with self._keeping:
             self._kept[key] = answer
-            self._kept.move_to_end(key)
-        return answer
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
 
     def _load(self, asked: bool) -> None:
         try:

@@ -57,7 +57,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
         place.setAttribute("role", "gridcell");
         if (!cell) return;
         place.textContent = cell[1];
-        place.style.setProperty("--depth", `${5 + Math.round(0.42 * cell[1])}%`);
+        // strong ones stand out, and text keeps its contrast on the deepest in both themes
+        place.style.setProperty("--depth", `${3 + Math.round(0.0048 * cell[1] ** 2)}%`);
       });
     });
     [head, ...body.rows].forEach((line, row) => [...line.cells].slice(1).forEach((place, column) => {

@@ -40,7 +40,7 @@ class LiveCalls:
     def trace(self, text: str, *, sites: Sequence[str] | None = None, limit: int | None = None) -> "Trace":
         """Which features fire on a text, at every site and token: `.frame`, `.top()`, `.heatmap()`.
 
-        With a `limit` a longer text is cut after so many tokens.
+        With a `limit` a longer text is cut after so many tokens, or where the model's context ends.
         """
         from viewer.live.trace import trace
 

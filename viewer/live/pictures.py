@@ -16,6 +16,7 @@ Href = Callable[[str, int], str]
 STYLE = """<style>
 .js-lab{display:inline-block;max-width:24rem;overflow:hidden;text-overflow:ellipsis;vertical-align:bottom}
 .js-live th:nth-child(-n+4):not(:nth-child(3)),.js-live td:nth-child(-n+4):not(:nth-child(3)){text-align:left}
+.js-chances{max-width:46rem} .js-chances .js-bar{min-width:min(11rem,32vw)}
 .js-chances th:nth-child(-n+3),.js-chances td:nth-child(-n+3){text-align:left}
 .js-links a{color:inherit;text-decoration-color:rgb(20,150,130);text-underline-offset:3px}
 .js-links ul{margin:.2rem 0 0;padding:0;list-style:none} .js-links li{padding:.15rem 0}
@@ -23,7 +24,7 @@ STYLE = """<style>
 .js-sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,20rem),1fr));gap:1rem 2rem}
 .js-side{border:1px solid rgba(128,128,128,.3);border-radius:6px;padding:.6rem .9rem .8rem;min-height:9rem}
 .js-side p{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6}
-.js-side .js-new{border-bottom:2px solid rgba(20,150,130,.55)}
+.js-given{opacity:.75} .js-side .js-new{border-bottom:2px solid rgba(20,150,130,.55)}
 </style>"""
 _BEFORE, _AFTER, _RAISED, _LOWERED = "120,132,140", "20,150,130", "20,150,130", "150,90,200"
 _FIRES = "245,145,20"
@@ -89,7 +90,7 @@ def generation_html(prompt: str, text: str, without: str, *, note: str = "") -> 
     """A text as it goes on with an intervention and without, side by side; new text is underlined."""
     sides = "".join(
         f'<section class="js-side"><h4 class="js-h" style="margin-top:0">{head}</h4>'
-        f'<p><span class="js-m">{_shown(prompt)}</span><span class="js-new">{_shown(new)}</span></p>'
+        f'<p><span class="js-given">{_shown(prompt)}</span><span class="js-new">{_shown(new)}</span></p>'
         "</section>"
         for head, new in (("Without", without), ("With", text))
     )

@@ -24,13 +24,14 @@ DENSE = 0.1
 def trace(live: Live, text: str, *, sites: Sequence[str] | None = None, limit: int | None = None) -> "Trace":
     """Which features fire on a text: one forward pass, and each dictionary on what it reads there.
 
-    Special tokens are left out, as everywhere. With a `limit` a longer text is cut after so many tokens.
-    Raises UserError for an empty text, one longer than the model's context and a site that the run does not
-    have.
+    Special tokens are left out, as everywhere. With a `limit` a longer text is cut after so many tokens, or
+    where the model's context ends. Raises UserError for an empty text, one longer than the model's context
+    and a site that the run does not have.
     """
     tokens = live.tokens(text)
     n_tokens = tokens.shape[1]
-    tokens = tokens if limit is None else tokens[:, : limit + (live.model.bos_id is not None)]
+    if limit is not None:
+        tokens = tokens[:, : min(limit + (live.model.bos_id is not None), live.model.max_context)]
     dictionaries = live.dictionaries(sites)
     keep = live.ordinary(tokens[0])
     read = {made.cfg.site_in for made in dictionaries.values()}
@@ -69,7 +70,8 @@ class Trace:
         """
         best = self.strongest(self.frame, densest=densest)
         best = best.assign(_rank=best.index).groupby(["site", "position"], sort=False).head(k)
-        place = best["site"].map({site: number for number, site in enumerate(self.sites)})
+        places = {site: number for number, site in enumerate(self.sites)}
+        place = [places[site] for site in best["site"]]
         return (
             best.assign(_place=place)
             .sort_values(by=["_place", "position", "_rank"])

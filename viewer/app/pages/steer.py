@@ -64,6 +64,8 @@ def _features(run: Run, steered: tuple[Steered, ...]) -> None:
                 "highest activation at every token; ablated, it does not fire."
             )
         )
+    else:
+        st.html(markup.note_html("Strengths are in units of each feature's highest activation."))
     for place, (site, latent, strength) in enumerate(steered):
         name = f"{site}:{latent}"
         link = html.escape(address("feature", site=site, latent=latent))
