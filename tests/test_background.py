@@ -1,4 +1,4 @@
-"""Models behind the pages: loaded once, shared, called one at a time, and told why when they are not there."""
+"""Models behind the pages: loaded once, shared, called one at a time; and why, where they are not there."""
 
 import threading
 import time
@@ -108,9 +108,7 @@ def test_a_call_is_computed_once_and_a_failed_one_is_not_kept(apart, folders):
         return len(made)
 
     answers = []
-    threads = [
-        threading.Thread(target=lambda: answers.append(live.call("key", compute))) for _ in range(8)
-    ]
+    threads = [threading.Thread(target=lambda: answers.append(live.call("key", compute))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:

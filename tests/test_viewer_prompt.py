@@ -85,9 +85,10 @@ def test_the_map_is_the_trace(show, folder):
     rows = trace.strongest(trace.frame[trace.frame["position"] == len(trace.tokens) - 1])
     page = html_of(app)
     for row in rows.head(25).to_dict("records"):
-        assert f"feature?run=mine&amp;site={row['site']}&amp;latent={row['latent']}&quot;".replace(
-            "&quot;", '"'
-        ) in page
+        assert (
+            f"feature?run=mine&amp;site={row['site']}&amp;latent={row['latent']}&quot;".replace("&quot;", '"')
+            in page
+        )
     assert address(app) == {"run": "mine", "text": TEXT}
 
 

@@ -12,7 +12,8 @@ from train.run_folder import RunFolder
 from viewer.index.build import build_index
 
 SITES = [site_name(layer, "resid_post") for layer in range(3)]
-D_SAE = 40
+D_SAE, SILENT = 40, 2
+"""Latents of each dictionary, and one of them that never fires."""
 
 
 def tiny_run(path: Path, model: Path | str, *, index: bool = True) -> Path:
@@ -23,6 +24,7 @@ def tiny_run(path: Path, model: Path | str, *, index: bool = True) -> Path:
         cfg = config_of("jumprelu", d_in=32, d_sae=D_SAE, site_in=site, model=str(model))
         tensors = tensors_of(cfg, seed=number)
         tensors["W_enc"] /= cfg.d_in**0.5
+        tensors["threshold"][SILENT] = 1e6
         dictionaries[site] = sae.build(cfg, tensors)
         sae.save(dictionaries[site], run.site_dir(site))
     if index:
