@@ -216,7 +216,7 @@ def test_the_boxes_of_a_feature(show, folder, latents):
     app.run()
     values = frame.loc[frame["latent"] == busy, "activation"]
     page = html_of(whole(app))
-    assert f"Fires on {len(values)} of" in page and f">{markup.number(values.max())}</span>" in page
+    assert f"Fires on {len(values)} of" in page and f">{markup.number(float(values.max()))}</span>" in page
     app.slider(key="steer_strength").set_value(0.5)
     app.text_input(key="steer_text").set_value(TEXT)
     press(app, "Generate")

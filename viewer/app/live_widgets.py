@@ -75,6 +75,13 @@ def answer(resident: Resident, key: Hashable, compute: Callable[[], Any]) -> Any
     return found
 
 
+def set_widgets(**values: object) -> None:
+    """Makes widgets, by key, show what the address says; what is half typed in one that does so stays."""
+    for key, value in values.items():
+        if key not in st.session_state or st.session_state[key] != value:
+            st.session_state[key] = value
+
+
 def text_state(default: str = "") -> str:
     """The text that the address has; without one, the last one of this session."""
     return st.query_params.get("text", st.session_state.get(_LAST, default))[:LONGEST_TEXT]

@@ -28,8 +28,8 @@ export default function ({ data, parentElement, setTriggerValue }) {
     if (row < 0) return `Token ${column + 1}: ${token}`;
     const cell = data.cells[row][column];
     if (!cell) return `${data.sites[row]}, ${token}: no feature fires`;
-    return `${data.sites[row]}, ${token}: feature ${cell[0]}` + (cell[3] ? ` “${cell[3]}”` : "") +
-      `, ${cell[2]}` + (cell[4] ? `, ${cell[1]} % of its highest` : "");
+    return `${data.sites[row]}, ${token}: feature ${cell[0]}` + (cell[3] ? ` (${cell[3]})` : "") +
+      `: ${cell[2]}` + (cell[4] ? `, ${cell[1]} % of its highest` : "");
   };
   if (host.shown !== data.id) {
     host.shown = data.id;

@@ -37,7 +37,7 @@ def show(run: Run) -> None:
         view = "map"
     st.title("Prompt")
     # the address is the state: widgets are set from it, and their callbacks write to it
-    st.session_state.update(prompt=text, view=view)
+    live_widgets.set_widgets(prompt=text, view=view)
     st.text_area(
         "Text", key="prompt", height=90, max_chars=LONGEST_TEXT, on_change=_typed,
         placeholder="Type or paste a text, then Ctrl+Enter",
@@ -82,7 +82,7 @@ def _map(run: Run, resident: Resident, text: str) -> None:
         key="map",
         on_choice=lambda: _chosen(trace.sites),
     )
-    st.session_state.update(dense=dense, layer=site)
+    live_widgets.set_widgets(dense=dense, layer=site)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.selectbox(
             "Layer", ["", *trace.sites], key="layer", width=190, on_change=_layered,
@@ -149,7 +149,7 @@ def _target(run: Run, likeliest: pd.DataFrame) -> int:
         else:
             st.warning(plain(f"A token's id is from 0 to {run.model.d_vocab - 1}, not {asked[:40]!r}."))
     names.setdefault(target, run.model.token_strings([target])[0])
-    st.session_state.update(target=target)
+    live_widgets.set_widgets(target=target)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.selectbox(
             "Next token", list(names), key="target", width=260, on_change=_aimed,

@@ -33,7 +33,7 @@ def show(run: Run) -> None:
     _features(run, steered)
     _add(run, steered)
     # the address is the state: widgets are set from it, and their callbacks write to it
-    st.session_state.update(steer_prompt=text, new=n_new, heat=temperature, seed=seed)
+    live_widgets.set_widgets(steer_prompt=text, new=n_new, heat=temperature, seed=seed)
     st.text_area("Prompt", key="steer_prompt", height=90, max_chars=_LONGEST_PROMPT, on_change=_typed)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.number_input("New tokens", *_NEW[:2], key="new", on_change=_changed, width=130)
@@ -70,8 +70,7 @@ def _features(run: Run, steered: tuple[Steered, ...]) -> None:
         name = f"{site}:{latent}"
         link = html.escape(address("feature", site=site, latent=latent))
         label = html.escape(markup.readable_text(_label(run, site, latent)))
-        st.session_state[f"strength {name}"] = strength or 0.0
-        st.session_state[f"off {name}"] = strength is None
+        live_widgets.set_widgets(**{f"strength {name}": strength or 0.0, f"off {name}": strength is None})
         with st.container(horizontal=True, vertical_alignment="center", gap="medium"):
             st.html(
                 f'<div class="js-table"><a href="{link}" target="_self" data-js-link>'
