@@ -257,6 +257,11 @@ class Run(LiveCalls):
                 return {key: manifest[key] for key in ("model", "corpus") if key in manifest}
         return {}
 
+    @property
+    def model_name(self) -> str:
+        """The language model whose activations its dictionaries read."""
+        return self.config().get("model") or self.dictionary(self.sites[0]).cfg.model
+
     def state(self) -> str:
         """`running`, `done`, `stopped: why`, `failed: why`, or `index only`."""
         return self.folder.state() if self.folder else "index only"

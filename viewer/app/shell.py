@@ -13,10 +13,14 @@ from streamlit.components.v2 import component
 from sae.errors import UserError
 from train.run_folder import EVAL, RUN
 from viewer import markup, runs
+from viewer.app import background
 from viewer.index.storage import MANIFEST, TEXTS
 from viewer.once import Kept
 
-PAGES = {"overview": "", "features": "features", "feature": "feature"}
+PAGES = {
+    "overview": "", "features": "features", "feature": "feature", "prompt": "prompt", "steer": "steer",
+    "compare": "compare",
+}  # fmt: skip
 """Pages by name, as modules and in addresses: the overview is what an address without a page shows."""
 _RUNS: Kept[runs.Run] = Kept()
 _STAMPED = (RUN, EVAL, f"index/{TEXTS}/{MANIFEST}", f"{TEXTS}/{MANIFEST}")
@@ -131,7 +135,10 @@ def render(show: Callable[[runs.Run], None]) -> None:
     if asked is not None and asked not in known:
         st.warning(plain(f"This viewer has no run {asked[:80]!r}. It has {', '.join(known)}."))
     try:
-        show(open_run(current()))
+        run = open_run(current())
+        show(run)
+        # loaded from the first visit on, but after the page
+        background.resident(run)
     except UserError as error:
         st.error(plain(str(error)), icon=":material/error:")
     except OSError as error:
