@@ -1,6 +1,7 @@
 """A feature as a card for notebooks and as text for terminals. Everything that came from text is escaped."""
 
 import html
+from collections.abc import Callable
 
 import pandas as pd
 
@@ -8,6 +9,8 @@ from activations.sites import site_label
 from viewer import markup
 from viewer.features import Feature
 
+Link = Callable[[str, int], str]
+"""The address of a latent's page by site and latent; "" where there is none."""
 CONTEXT, BAND_CONTEXT = 40, 16
 """Tokens that a card shows either side of an example's peak: of the highest, and in the bands."""
 _TEXT_CONTEXT, _TEXT_AFTER = 12, 6
@@ -76,24 +79,28 @@ def examples_html(feature: Feature) -> str:
     return "".join(parts)
 
 
-def related_html(feature: Feature) -> str:
-    """Its neighbours by decoder cosine and what fires with it, side by side."""
+def related_html(feature: Feature, link: Link | None = None) -> str:
+    """Its neighbours by decoder cosine and what fires with it, side by side; each linked where `link` can."""
     near, together = feature.neighbours(), feature.cofiring()
-    lists = [_related_list(name, near.loc[near["kind"] == kind], "cosine") for kind, name in _KINDS.items()]
-    lists.append(_related_list("Fires together", together, "phi"))
+    lists = [
+        _related_list(name, near.loc[near["kind"] == kind], "cosine", link) for kind, name in _KINDS.items()
+    ]
+    lists.append(_related_list("Fires together", together, "phi", link))
     return f'<div class="js-logits">{"".join(lists)}</div>'
 
 
-def _related_list(heading: str, rows: pd.DataFrame, value: str) -> str:
+def _related_list(heading: str, rows: pd.DataFrame, value: str, link: Link | None) -> str:
     if not len(rows):
         return ""
-    items = "".join(
-        f'<li title="{html.escape(_one_line(row["label"]))}"><span class="js-t">{_place(row["site"])} · '
-        f"{row['latent']} <small>{html.escape(_one_line(row['label']))}</small></span>"
-        f"<span>{row[value]:.2f}</span></li>"
-        for row in rows.head(_RELATED).to_dict("records")
-    )
-    return f'<div><div class="js-h">{heading}, {value}</div><ol>{items}</ol></div>'
+    items = []
+    for row in rows.head(_RELATED).to_dict("records"):
+        name, label = f"{_place(row['site'])} · {row['latent']}", html.escape(_one_line(row["label"]))
+        address = html.escape(link(row["site"], row["latent"])) if link else ""
+        if address:
+            name = f'<a href="{address}">{name}</a>'
+        text = f'<span class="js-t">{name} <small>{label}</small></span>'
+        items.append(f'<li title="{label}">{text}<span>{row[value]:.2f}</span></li>')
+    return f'<div><div class="js-h">{heading}, {value}</div><ol>{"".join(items)}</ol></div>'
 
 
 def _place(site: str) -> str:

@@ -1,0 +1,113 @@
+"""The viewer's server and a real browser, for the tests that need one."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+import viewer
+
+CHROMIUM = "/usr/bin/chromium"
+NEEDS_BROWSER = pytest.mark.skipif(not os.path.exists(CHROMIUM), reason=f"no {CHROMIUM} on this machine")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+ROOT = str(Path(viewer.__file__).resolve().parent.parent)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def served(folders, scratch, port=None):
+    """The viewer of some run folders, in a process of its own: its address. `scratch` is an empty folder."""
+    port = port or free_port()
+    # a folder of traps: a user's own files must not stand in front of our packages
+    trap = scratch / "cwd"
+    trap.mkdir(exist_ok=True)
+    for name in ("train.py", "html.py", "sae.py"):
+        (trap / name).write_text("raise SystemExit('imported from the current folder')")
+    code = (
+        f"import sys; sys.path[:1] = [{ROOT!r}]; "
+        f"from viewer.app.launch import launch; launch({[str(f) for f in folders]!r}, {port}, True)"
+    )
+    # what the machine is set to must not decide: no proxy between a test and its own server
+    with (scratch / "server.txt").open("w+") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=trap, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + 60
+            while not _answers(f"{url}/_stcore/health"):
+                log.seek(0)
+                assert server.poll() is None and time.monotonic() < deadline, log.read()
+                time.sleep(0.1)
+            yield url
+        finally:
+            server.terminate()
+            server.wait(20)
+
+
+@contextlib.contextmanager
+def chromium():
+    """A browser, to be shared by the tests of a file."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@contextlib.contextmanager
+def watched(browser, address, *, width=390, height=844):
+    """A tab in a context of its own, at a phone's size unless told otherwise.
+
+    When it is done, nothing may have been asked of anywhere but `address`, no error may stand in the
+    console, no dialog may have opened, and no text may have run as a script.
+    """
+    context = browser.new_context(
+        base_url=address if address.startswith("http") else None, viewport={"width": width, "height": height}
+    )
+    # a page of its own that a script sets would be lost with the next address
+    context.add_init_script("window.pwned = undefined")
+    tab = context.new_page()
+    tab.set_default_timeout(30_000)
+    trouble = []
+    tab.on(
+        "request",
+        lambda r: None if r.url.startswith((address, "data:", "blob:")) else trouble.append(r.url),
+    )
+    tab.on("console", lambda m: trouble.append(m.text) if m.type == "error" else None)
+    tab.on("pageerror", lambda error: trouble.append(str(error)))
+    tab.on("dialog", lambda d: (trouble.append(f"dialog {d.message}"), d.dismiss()))
+    try:
+        yield tab
+        assert tab.evaluate("window.pwned") is None
+        assert trouble == []
+    finally:
+        context.close()
+
+
+def _answers(url):
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
+        return False
