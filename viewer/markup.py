@@ -94,9 +94,15 @@ def percent(share: float | int) -> str:
 
 def token_html(token: str, *, alone: bool = True, style: str = "", classes: str = "", title: str = "") -> str:
     """A token as an escaped span."""
+    shown = html.escape(readable(token, alone=alone))
+    # marks that stand for something invisible are quieter than the text
+    for mark in ("↵", "⇥", "␍", "⍽", "·") if shown != html.escape(token) else ():
+        shown = shown.replace(mark, f'<span class="js-m">{mark}</span>')
+    if not alone and "\n" in token:
+        shown += "\n"
     attributes = f' style="{html.escape(style)}"' if style else ""
     attributes += f' title="{html.escape(title)}"' if title else ""
-    return f'<span class="{f"js-t {classes}".strip()}"{attributes}>{_inside(token, alone)}</span>'
+    return f'<span class="{f"js-t {classes}".strip()}"{attributes}>{shown}</span>'
 
 
 def example_html(tokens: Sequence[str], values: Sequence[float], peak: int, top: float) -> str:
@@ -104,34 +110,25 @@ def example_html(tokens: Sequence[str], values: Sequence[float], peak: int, top:
 
     The deeper the background the nearer to `top`, the latent's highest activation; each value shows on hover.
     """
-    parts, quiet = [], []
-
-    def end_of_quiet() -> None:
-        # one element for a stretch of text: pages are a third of the size, and scripts that are written
-        # from right to left keep the order of their words
-        if quiet:
-            parts.append(f'<span class="js-t">{"".join(quiet)}</span>')
-            quiet.clear()
-
+    parts = []
     for index, (token, value) in enumerate(zip(tokens, values, strict=True)):
         if value <= 0:
             token = token.removeprefix(" ") if index == 0 else token
             # a single space between two words is seen as it is
-            quiet.append(" " if token == " " else _quiet_html(token) if token else "")
+            parts.append(" " if token == " " else _quiet_html(token) if token else "")
             continue
-        # the space before a word belongs to its token, but a coloured gap reads as part of the word before
-        lead = " " if token.startswith(" ") and token.strip(" ") else ""
-        if index:
-            quiet.append(lead)
-        end_of_quiet()
         depth = 0.08 + 0.52 * min(1.0, value / top if top > 0 else 1.0)
         classes = "js-on js-peak" if index == peak else "js-on"
         style = f"background:rgba(245,145,20,{depth:.2f})"
+        # the space before a word belongs to its token, but a coloured gap reads as part of the word before
+        lead = " " if token.startswith(" ") and token.strip(" ") else ""
         hover = f"{readable(token)}: {number(value)}"
-        parts.append(token_html(token[len(lead) :], alone=False, style=style, classes=classes, title=hover))
+        parts.append(
+            (lead if index else "")
+            + token_html(token[len(lead) :], alone=False, style=style, classes=classes, title=hover)
+        )
         if index == peak:
             parts.append(f'<span class="js-val">{number(value)}</span>')
-    end_of_quiet()
     return f"<p>{''.join(parts)}</p>"
 
 
@@ -224,18 +221,10 @@ def histogram_svg(histogram: Any) -> str:
     )
 
 
-def _inside(token: str, alone: bool) -> str:
-    shown = html.escape(readable(token, alone=alone))
-    # marks that stand for something invisible are quieter than the text
-    for mark in ("↵", "⇥", "␍", "⍽", "·") if shown != html.escape(token) else ():
-        shown = shown.replace(mark, f'<span class="js-m">{mark}</span>')
-    return shown + "\n" if not alone and "\n" in token else shown
-
-
 @functools.lru_cache(maxsize=16384)
 def _quiet_html(token: str) -> str:
     """A token of running text on which nothing fires. Most tokens of most pages are among a few thousand."""
-    return _inside(token, alone=False)
+    return token_html(token, alone=False)
 
 
 def _character(character: str) -> str:
