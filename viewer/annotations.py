@@ -20,6 +20,7 @@ from sae.files import disk_errors, make_folder
 ANNOTATIONS = "labels.jsonl"
 FIELDS = ("label", "notes")
 _LOCK, _PATIENCE = ".labels.lock", 10.0
+_Values = dict[str, dict[int, dict[str, str]]]
 _log = logging.getLogger(__name__)
 
 
@@ -28,8 +29,7 @@ class Annotations:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / ANNOTATIONS
-        self._stamp: tuple[int, int, int] | None = None
-        self._values: dict[str, dict[int, dict[str, str]]] = {}
+        self._kept: tuple[tuple[int, int, int] | None, _Values] = (None, {})
 
     def get(self, site: str, latent: int, field: str) -> str:
         """A latent's `label` or `notes`; "" for none."""
@@ -80,19 +80,19 @@ class Annotations:
                 file.truncate(end)
                 raise
 
-    def _read(self) -> dict[str, dict[int, dict[str, str]]]:
+    def _read(self) -> _Values:
         try:
             status = self.path.stat()
         except FileNotFoundError:
-            self._stamp, self._values = None, {}
-            return self._values
-        stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
-        if stamp != self._stamp:
-            self._values, self._stamp = self._parse(), stamp
-        return self._values
+            return {}
+        stamp, kept = (status.st_ino, status.st_size, status.st_mtime_ns), self._kept
+        if stamp != kept[0]:
+            # put in place as one: another thread must never find old values under a new stamp
+            kept = self._kept = (stamp, self._parse())
+        return kept[1]
 
-    def _parse(self) -> dict[str, dict[int, dict[str, str]]]:
-        values: dict[str, dict[int, dict[str, str]]] = {}
+    def _parse(self) -> _Values:
+        values: _Values = {}
         for number, line in enumerate(self.path.read_bytes().splitlines(), start=1):
             try:
                 record: Any = json.loads(line)

@@ -18,6 +18,7 @@ from viewer.compare import Comparison, compare
 from viewer.features import Feature, Site
 from viewer.index.storage import MANIFEST, TEXTS
 from viewer.live.calls import LiveCalls
+from viewer.once import Kept
 from viewer.query import query
 from viewer.tables import IndexFolder
 
@@ -49,7 +50,7 @@ class Run(LiveCalls):
         self.folder = folder
         """None where there is an index and no run."""
         self.index = IndexFolder(index, path)
-        self._sites: dict[str, Site] = {}
+        self._sites: Kept[Site] = Kept()
 
     @property
     def sites(self) -> list[str]:
@@ -65,11 +66,7 @@ class Run(LiveCalls):
     def site(self, name: str) -> Site:
         """A site's features. Raises UserError when the run has no such site or the site no whole index."""
         self._check(name)
-        tables = self.index.site(name)
-        kept = self._sites.get(name)
-        if kept is None or kept.tables is not tables:
-            kept = self._sites[name] = Site(self.index, name)
-        return kept
+        return self._sites.get(name, self.index.site(name), lambda: Site(self.index, name))
 
     def site_at(self, layer: int, kind: str | None = None) -> str:
         """The site at a layer. `kind` (`resid_post`, `mlp_out`, ...) is needed where a layer has several."""

@@ -1,6 +1,5 @@
 """An index folder, read lazily: each site's tables by latent, and what the sites share."""
 
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from viewer.index.storage import (
     read_texts,
     read_tokens,
 )
+from viewer.once import Kept, once
 
 SCALARS = [f.name for f in LATENTS_SCHEMA if not pa.types.is_list(f.type) and f.name != "histogram_first"]
 """The columns of latents.parquet that say something on their own."""
@@ -108,7 +108,7 @@ class Strings:
         """The tokens that read exactly so."""
         return self._ids[np.flatnonzero(self._text[:-1] == text)].tolist()
 
-    @functools.cached_property
+    @once
     def by_word(self) -> dict[str, list[int]]:
         """The tokens of each word, whatever their case, spaces and plural (`stem`)."""
         found: dict[str, list[int]] = {}
@@ -125,56 +125,56 @@ class SiteTables:
         self.manifest: dict[str, Any] = read_manifest(folder)
         self.n_latents: int = self.manifest["d_sae"]
 
-    @functools.cached_property
+    @once
     def firings(self) -> Firings:
         """Every firing, mapped."""
         return read_firings(self.folder)
 
-    @functools.cached_property
+    @once
     def latents(self) -> Rows:
         """latents.parquet, by latent."""
         return Rows(self.folder / LATENTS)
 
-    @functools.cached_property
+    @once
     def examples(self) -> Rows:
         """examples.parquet, by latent."""
         return Rows(self.folder / EXAMPLES)
 
-    @functools.cached_property
+    @once
     def drivers(self) -> Rows:
         """drivers.parquet, by latent."""
         return Rows(self.folder / DRIVERS)
 
-    @functools.cached_property
+    @once
     def related(self) -> Rows:
         """related.parquet, by latent."""
         return Rows(self.folder / RELATED)
 
-    @functools.cached_property
+    @once
     def scalars(self) -> pa.Table:
         """A row a latent: the columns SCALARS."""
         return self.latents.columns(SCALARS)
 
-    @functools.cached_property
+    @once
     def automatic_labels(self) -> list[str]:
         """Each latent's label made by rules; "" for none."""
         return pc.fill_null(self.latents.columns(["label"])["label"], "").to_pylist()
 
-    @functools.cached_property
+    @once
     def all_drivers(self) -> dict[str, np.ndarray]:
         """The columns of drivers.parquet that are numbers; a token may stand in both orders of a latent."""
         names = ["latent", "token", "count", "mean", "share", "lift"]
         table = self.drivers.columns(names)
         return {name: table[name].to_numpy() for name in names}
 
-    @functools.cached_property
+    @once
     def top_examples(self) -> dict[str, np.ndarray]:
         """latent, block and peak of every latent's highest examples."""
         table = self.examples.columns(["latent", "band", "block", "peak"])
         best = table["band"].to_numpy() == 0
         return {name: table[name].to_numpy()[best] for name in ("latent", "block", "peak")}
 
-    @functools.cached_property
+    @once
     def raised(self) -> dict[str, np.ndarray]:
         """latent, token and rank of every entry of `top_tokens`, best first within a latent."""
         table = self.latents.columns(["latent", "top_tokens"])
@@ -184,7 +184,7 @@ class SiteTables:
         tokens = lists.flatten().to_numpy()
         return {"latent": np.repeat(table["latent"].to_numpy(), lengths), "token": tokens, "rank": rank}
 
-    @functools.cached_property
+    @once
     def all_cosines(self) -> dict[str, np.ndarray]:
         """latent, other and value of every neighbour by decoder cosine within the site."""
         table = self.related.columns(["latent", "kind", "other", "value"])
@@ -198,9 +198,10 @@ class IndexFolder:
     def __init__(self, root: Path, home: Path) -> None:
         self.root, self.home = root, home
         self.annotations = Annotations(home)
-        self._dictionaries: dict[str, sae.Dictionary] = {}
-        self._sites: dict[str, tuple[int, SiteTables]] = {}
-        self._shared: dict[str, tuple[int, Any]] = {}
+        self._dictionaries: Kept[sae.Dictionary] = Kept()
+        self._sites: Kept[SiteTables] = Kept()
+        self._texts: Kept[Texts] = Kept()
+        self._strings: Kept[Strings] = Kept()
 
     def sites(self) -> list[str]:
         """The sites that have an index, by name."""
@@ -209,22 +210,19 @@ class IndexFolder:
     def site(self, name: str) -> SiteTables:
         """A site's tables. They are kept, and checked at each call: UserError when torn, gone or too old."""
         folder = self.root / name
-        manifest = read_manifest(folder)
         stamp = _stamp(folder / MANIFEST)
-        kept = self._sites.get(name)
-        if kept is None or kept[0] != stamp or kept[1].manifest != manifest:
-            kept = self._sites[name] = (stamp, SiteTables(folder))
-        return kept[1]
+        return self._sites.get(name, (stamp, read_manifest(folder)), lambda: SiteTables(folder))
 
     @property
     def texts(self) -> Texts:
         """The text that was read, shared by all sites."""
-        return self._kept(TEXTS, self.root / TEXTS / MANIFEST, lambda: read_texts(self.root))
+        return self._texts.get(TEXTS, _stamp(self.root / TEXTS / MANIFEST), lambda: read_texts(self.root))
 
     @property
     def strings(self) -> Strings:
         """The texts of its tokens."""
-        return self._kept(TOKENS, self.root / TOKENS, lambda: Strings(read_tokens(self.root)))
+        stamp = _stamp(self.root / TOKENS)
+        return self._strings.get(TOKENS, stamp, lambda: Strings(read_tokens(self.root)))
 
     def labels(self, site: str) -> list[str]:
         """Each latent's label: people's own, else the automatic one, else nothing."""
@@ -241,29 +239,23 @@ class IndexFolder:
 
     def dictionary(self, site: str) -> sae.Dictionary:
         """A site's dictionary, opened once. Raises UserError when only its index is here."""
-        if site not in self._dictionaries:
-            # a dictionary's own folder may hold its index
-            alone = [self.home] if self.sites() == [site] else []
-            found = [f for f in (self.home / "sites" / site, *alone) if (f / "cfg.json").is_file()]
-            if not found:
-                raise UserError(
-                    f"the dictionary of {site} must be here",
-                    f"none in {self.home}",
-                    "open the folder of its run",
-                )
-            self._dictionaries[site] = sae.load(found[0])
-        return self._dictionaries[site]
+        return self._dictionaries.get(site, None, lambda: self._load(site))
 
     def decoder(self, site: str) -> Float[Tensor, "latent d_out"]:
         """The decoder rows of a site, on the CPU. Raises UserError as `dictionary` does."""
         return self.dictionary(site).W_dec.detach().float().cpu()
 
-    def _kept(self, name: str, path: Path, read: Callable[[], Any]) -> Any:
-        stamp = _stamp(path)
-        kept = self._shared.get(name)
-        if kept is None or kept[0] != stamp:
-            kept = self._shared[name] = (stamp, read())
-        return kept[1]
+    def _load(self, site: str) -> sae.Dictionary:
+        # a dictionary's own folder may hold its index
+        alone = [self.home] if self.sites() == [site] else []
+        found = [f for f in (self.home / "sites" / site, *alone) if (f / "cfg.json").is_file()]
+        if not found:
+            raise UserError(
+                f"the dictionary of {site} must be here",
+                f"none in {self.home}",
+                "open the folder of its run",
+            )
+        return sae.load(found[0])
 
 
 def stem(text: str) -> str:

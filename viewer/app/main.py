@@ -5,7 +5,8 @@ from urllib.parse import quote
 
 import streamlit as st
 
-from viewer.app.shell import PAGES, follow_links, run_paths
+from viewer.app.header import header
+from viewer.app.shell import PAGES, current, follow_links
 
 # drawn here: Streamlit would fetch a named icon for the tab from the network
 ICON = "data:image/svg+xml," + quote(
@@ -15,20 +16,15 @@ ICON = "data:image/svg+xml," + quote(
     '<circle cx="16" cy="16" r="3" fill="#f5a33c"/></svg>'
 )
 FOLDER = Path(__file__).resolve().parent / "pages"
-ICONS = {"overview": "layers", "feature": "biotech"}
 
-st.set_page_config(page_title=f"{next(iter(run_paths()))} · jumpscope", page_icon=ICON, layout="wide")
 pages = {
-    name: st.Page(
-        FOLDER / f"{name}.py",
-        title=name.capitalize(),
-        icon=f":material/{ICONS[name]}:",
-        url_path=where or None,
-        default=not where,
-    )
+    name: st.Page(FOLDER / f"{name}.py", title=name.capitalize(), url_path=where or None, default=not where)
     for name, where in PAGES.items()
 }
 st.session_state["pages"] = pages
-page = st.navigation(list(pages.values()), position="top")
+# the header has the links: Streamlit's own would forget the run
+page = st.navigation(list(pages.values()), position="hidden")
+st.set_page_config(page_title=f"{page.title} · {current()} · jumpscope", page_icon=ICON, layout="wide")
 follow_links()
+header(next(name for name in pages if pages[name] is page))
 page.run()

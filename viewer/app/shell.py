@@ -7,14 +7,17 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
 
 import streamlit as st
+from streamlit.components.v2 import component
 
 from sae.errors import UserError
 from train.run_folder import EVAL, RUN
 from viewer import markup, runs
 from viewer.index.storage import MANIFEST, TEXTS
+from viewer.once import Kept
 
 PAGES = {"overview": "", "feature": "feature"}
 """Pages by name, as modules and in addresses: the overview is what an address without a page shows."""
+_RUNS: Kept[runs.Run] = Kept()
 _STAMPED = (RUN, EVAL, f"index/{TEXTS}/{MANIFEST}", f"{TEXTS}/{MANIFEST}")
 
 # A link has an address, so that it can be copied and opened in another tab; a plain click is told to Python
@@ -58,10 +61,7 @@ def named(paths: Sequence[Path]) -> dict[str, Path]:
 def current() -> str:
     """The name of the run that the address asks for, else the one seen last, else the first."""
     known = run_paths()
-    asked = st.query_params.get("run")
-    if asked is not None and asked not in known:
-        st.warning(plain(f"This viewer has no run {asked[:80]!r}. It has {', '.join(known)}."))
-    for name in (asked, st.session_state.get("last_run")):
+    for name in (st.query_params.get("run"), st.session_state.get("last_run")):
         if name in known:
             st.session_state["last_run"] = name
             return name
@@ -95,17 +95,24 @@ def follow_links() -> None:
 def render(show: Callable[[runs.Run], None]) -> None:
     """Draws a page of the current run; what the user can put right becomes a message in the page's place."""
     st.html(markup.STYLE)
+    known, asked = run_paths(), st.query_params.get("run")
+    if asked is not None and asked not in known:
+        st.warning(plain(f"This viewer has no run {asked[:80]!r}. It has {', '.join(known)}."))
     try:
         show(open_run(current()))
     except UserError as error:
         st.error(plain(str(error)), icon=":material/error:")
+    except OSError as error:
+        # a run may be deleted between two looks at it
+        st.error(plain(f"A file of the run cannot be read: {error}."), icon=":material/error:")
 
 
 def open_run(name: str) -> runs.Run:
     """One of the viewer's runs, opened once and again when it was written anew."""
     path = run_paths()[name]
     files = (path / name for name in _STAMPED)
-    return _run(str(path), tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files))
+    stamp = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
+    return _RUNS.get(path, stamp, lambda: runs.open(path))
 
 
 def plain(text: str) -> str:
@@ -120,11 +127,6 @@ def set_address(**parameters: object) -> None:
         st.query_params.from_dict(wanted)
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
-def _run(path: str, stamp: tuple[int, ...]) -> runs.Run:
-    return runs.open(path)
-
-
 @st.cache_resource(show_spinner=False)
 def _links() -> Callable:
-    return st.components.v2.component("jumpscope_links", js=_FOLLOW)
+    return component("jumpscope_links", js=_FOLLOW)

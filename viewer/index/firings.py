@@ -1,6 +1,5 @@
 """Every firing of a site and the texts they are in: what the rest of the index follows from."""
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -8,6 +7,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int, Int32, Int64
 from torch import Tensor
+
+from viewer.once import once
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +31,12 @@ class Texts:
         """The arrays by name, for a file."""
         return {f.name: torch.from_numpy(getattr(self, f.name)) for f in fields(self)}
 
-    @functools.cached_property
+    @once
     def place(self) -> Int64[np.ndarray, " row"]:
         """Where each row is: block * pos + position in the block."""
         return np.flatnonzero(self.keep)
 
-    @functools.cached_property
+    @once
     def row_of(self) -> Int32[np.ndarray, "block pos"]:
         """The row of each position, -1 where it has none."""
         return np.where(self.keep, np.cumsum(self.keep).reshape(self.keep.shape) - 1, -1).astype(np.int32)

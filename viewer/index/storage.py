@@ -33,6 +33,7 @@ from sae.files import (
     write_json,
 )
 from viewer.index.firings import Firings, Texts
+from viewer.once import Kept
 
 _AGAIN = "build the index again with `jumpscope index`"
 FORMAT, VERSION = "jumpscope feature index", 2
@@ -40,6 +41,7 @@ MANIFEST, TOKENS, TEXTS = "manifest.json", "tokens.parquet", "texts"
 FIRINGS, LATENTS, EXAMPLES = "firings.safetensors", "latents.parquet", "examples.parquet"
 DRIVERS, RELATED = "drivers.parquet", "related.parquet"
 _TEXTS_FILE = "texts.safetensors"
+_CHECKSUMS: Kept[str] = Kept()
 # readers fetch one latent: small row groups, so that Parquet's statistics skip nearly all of the file
 _ROWS_PER_GROUP = {LATENTS: 512, EXAMPLES: 4096, DRIVERS: 4096, RELATED: 8192}
 
@@ -313,7 +315,9 @@ def _check_files(folder: Path, files: Mapping[str, Any]) -> None:
     for name, file in files.items():
         path = folder / name
         _check_size(path, file["bytes"])
-        if _checksum(path, path.stat().st_mtime_ns) != file["sha256"]:
+        # computed once as long as nobody touches the file
+        sha256 = _CHECKSUMS.get(path, path.stat().st_mtime_ns, functools.partial(sha256_file, path))
+        if sha256 != file["sha256"]:
             raise _torn(f"{path} is not what the manifest says")
 
 
@@ -326,12 +330,6 @@ def _check_size(path: Path, n_bytes: int) -> None:
 
 def _torn(found: str) -> UserError:
     return UserError("every file of the index must be whole", found, _AGAIN)
-
-
-@functools.lru_cache(maxsize=1024)
-def _checksum(path: Path, modified: int) -> str:
-    """The checksum of a file, computed once as long as nobody touches it."""
-    return sha256_file(path)
 
 
 def _array(values: Any, kind: pa.DataType) -> pa.Array:

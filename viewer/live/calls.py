@@ -3,9 +3,10 @@
 Browsing a run needs neither the model nor the packages that run it, so they are imported within.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from viewer.once import once
 
 if TYPE_CHECKING:
     from activations.models import LanguageModel
@@ -20,7 +21,7 @@ class LiveCalls:
 
     _given_model: "LanguageModel | None" = None
 
-    @functools.cached_property
+    @once
     def _live(self) -> "Live":
         from viewer.live.model import Live
 
