@@ -24,9 +24,9 @@ def feature_text(feature: Feature) -> str:
     site = feature.site
     lines = [f"{site.name} latent {feature.latent}: " + ", ".join(f"{n} {v}" for n, v in feature.facts())]
     if feature.label:
-        lines.append(f"  {_one_line(feature.label)} ({_source(feature)})")
+        lines.append(f"  {one_line(feature.label)} ({_source(feature)})")
     if feature.notes:
-        lines.append(f"  notes  {_one_line(feature.notes)}")
+        lines.append(f"  notes  {one_line(feature.notes)}")
     logits, drivers = feature.logits(), feature.drivers()
     for tokens, word in (
         (drivers["token"].head(_DRIVERS), "fires on"),
@@ -59,9 +59,9 @@ def label_html(feature: Feature) -> str:
     shown = ""
     if feature.label:
         why = feature.label_evidence if feature.label_source == "automatic" else feature.automatic_label
-        title = html.escape(_one_line(why))
+        title = html.escape(one_line(why))
         shown = (
-            f'<p class="js-label" title="{title}">{html.escape(_one_line(feature.label))} '
+            f'<p class="js-label" title="{title}">{html.escape(one_line(feature.label))} '
             f"<small>{_source(feature)}</small></p>"
         )
     return shown + (markup.note_html(markup.readable_text(feature.notes)) if feature.notes else "")
@@ -94,7 +94,7 @@ def _related_list(heading: str, rows: pd.DataFrame, value: str, link: Link | Non
         return ""
     items = []
     for row in rows.head(_RELATED).to_dict("records"):
-        name, label = f"{_place(row['site'])} · {row['latent']}", html.escape(_one_line(row["label"]))
+        name, label = f"{_place(row['site'])} · {row['latent']}", html.escape(one_line(row["label"]))
         address = html.escape(link(row["site"], row["latent"])) if link else ""
         if address:
             name = f'<a href="{address}">{name}</a>'
@@ -111,6 +111,7 @@ def _source(feature: Feature) -> str:
     return "your label" if feature.label_source == "yours" else "automatic label"
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """Text of people or rules on one line of bounded length, not yet escaped."""
     line = " ".join(markup.readable_text(text).split())
     return line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + "…"

@@ -15,6 +15,7 @@ import sae
 from sae.errors import UserError
 from viewer import charts, markup
 from viewer.features import Site
+from viewer.once import once
 
 _BLOCK_ELEMENTS = 1 << 24
 _SHOWN = 10
@@ -40,7 +41,7 @@ class Comparison:
     theirs: pd.DataFrame
     """The same the other way round."""
 
-    @property
+    @once
     def matched(self) -> pd.DataFrame:
         """latent, other, cosine, label, other_label; the surest first."""
         pairs = self.ours.loc[self.ours["kind"] == "matched", ["latent", "other", "cosine", "label"]]
@@ -49,22 +50,22 @@ class Comparison:
         )
         return _falling(pairs.merge(theirs, on="other"), "cosine")
 
-    @property
+    @once
     def new(self) -> pd.DataFrame:
         """Ours that they have not: latent, label, density, other (the nearest), cosine."""
         return _only(self.ours)
 
-    @property
+    @once
     def gone(self) -> pd.DataFrame:
         """Theirs that we have not."""
         return _only(self.theirs)
 
-    @property
+    @once
     def split(self) -> pd.DataFrame:
         """Ours that are several of theirs: latent, label, parts, others, cosines."""
         return _parts(self.ours, self.theirs)
 
-    @property
+    @once
     def merged(self) -> pd.DataFrame:
         """Theirs that are several of ours."""
         return _parts(self.theirs, self.ours)

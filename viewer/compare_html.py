@@ -20,9 +20,10 @@ STYLE = """<style>
 .js-cos line{stroke:currentColor;vector-effect:non-scaling-stroke} .js-cos .cut{stroke-dasharray:5 4}
 .js-cos div{display:flex;justify-content:space-between;font-size:.75rem;opacity:.8;
   font-variant-numeric:tabular-nums} .js-cos p{margin:0;font-size:.8rem;overflow-wrap:anywhere}
-.js-tabs{display:flex;flex-wrap:wrap;gap:.25rem 1.5rem;margin:0 0 .75rem;border-bottom:1px solid rgba(128,128,128,.35)}
-.js-tabs a{color:inherit;text-decoration:none;padding:.4rem 0;border-bottom:3px solid transparent;margin-bottom:-1px;
-  overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
+.js-tabs{display:flex;flex-wrap:wrap;gap:.25rem 1.5rem;margin:0 0 .75rem;
+  border-bottom:1px solid rgba(128,128,128,.35)}
+.js-tabs a{color:inherit;text-decoration:none;padding:.4rem 0;border-bottom:3px solid transparent;
+  margin-bottom:-1px;overflow-wrap:anywhere;font-variant-numeric:tabular-nums}
 .js-tabs a:hover{border-color:rgba(128,128,128,.6)}
 .js-tabs [aria-current]{font-weight:600;border-color:rgb(20,150,130)}
 .js-cmp td,.js-cmp th{text-align:left!important;vertical-align:top} .js-cmp .n{text-align:right!important}
@@ -54,10 +55,10 @@ def meaning(found: Comparison, kind: str) -> str:
     cosine = markup.number(found.cosine)
     return {
         "matched": f"Each is the other's nearest, with a decoder cosine of at least {cosine}. Surest first.",
-        "new": f"Latents of {ours} to which none of {theirs} comes as near as {cosine}. Most frequent first.",
-        "gone": f"Latents of {theirs} to which none of {ours} comes as near as {cosine}. Most frequent first.",
-        "split": f"Latents of {ours} that are the nearest to two or more of {theirs}, at least {cosine}.",
-        "merged": f"Latents of {theirs} that are the nearest to two or more of {ours}, at least {cosine}.",
+        "new": f"Latents of {ours} with none of {theirs} as near as {cosine}, most frequent first.",
+        "gone": f"Latents of {theirs} with none of {ours} as near as {cosine}, most frequent first.",
+        "split": f"Latents of {ours} nearest to two or more of {theirs}, with at least {cosine}.",
+        "merged": f"Latents of {theirs} nearest to two or more of {ours}, with at least {cosine}.",
     }[kind]
 
 
@@ -106,7 +107,7 @@ def cosines_html(found: Comparison) -> str:
     cut = _WIDTH * (found.cosine - low) / (1 - low)
     ours, theirs = (html.escape(name) for name in found.names)
     said = (
-        f"Histogram of the cosine of each latent with its nearest of the other dictionary, from {low:.1f} to 1: "
+        f"Histogram of the cosine of each latent with its nearest of the other, from {low:.1f} to 1: "
         f"{ours} above the line, {theirs} below"
     )
     ticks = "".join(f"<span>{value:.2f}</span>" for value in np.linspace(low, 1, 5))

@@ -1,37 +1,21 @@
 """Two dictionaries of one site beside each other: what both have, what only one has, what split."""
 
-import dataclasses
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import streamlit as st
 
-import sae
-from activations.sites import layer_of, site_label
+from activations.sites import site_label
 from sae.errors import UserError
-from sae.formats import WEIGHTS
 from viewer import compare_html, markup
-from viewer.app import hub
+from viewer.app import others
+from viewer.app.others import Other
 from viewer.app.shell import address, current, open_run, plain, render, run_paths, set_address
 from viewer.compare import Comparison
-from viewer.index.storage import MANIFEST
 from viewer.runs import Run
 
 COSINE, ROWS = 0.7, 50
-
-
-@dataclasses.dataclass(frozen=True)
-class Other:
-    """What a run is compared with: another run of this viewer, or a dictionary of the hub."""
-
-    name: str
-    run: Run | None
-    dictionary: sae.Dictionary | None
-
-    def parameters(self) -> dict[str, str]:
-        """How the address names it."""
-        return {"with": self.name} if self.run else {"hub": self.name}
 
 
 def show(run: Run) -> None:
@@ -43,29 +27,31 @@ def show(run: Run) -> None:
     sites = [s for s in run.sites if s in other.run.sites] if other.run else run.sites
     if not sites:
         raise UserError(
-            "runs to compare must have a site in common", f"none in {current()} and {other.name}", "choose others"
+            "runs to compare must have a site in common",
+            f"none in {current()} and {other.name}",
+            "choose others",
         )
     site, cosine = _controls(sites, other)
-    shown, page = _choice("show", compare_html.KINDS, "matched"), _page()
-    set_address(**other.parameters(), site=site, cosine=f"{cosine:g}", show=shown, page=page)
+    shown, part = _choice("show", compare_html.KINDS, "matched"), _part()
+    set_address(**other.parameters(), site=site, cosine=f"{cosine:g}", show=shown, part=part)
     if other.dictionary is not None:
         _tell_place(other, site)
     with st.spinner(f"Comparing the latents of {plain(site_label(site))}: seconds, once"):
-        found = _compared(run, other, site).at(cosine)
-    _draw(run, other, found, shown, page)
+        found = others.compared(run, other, site, cosine, names=(current(), other.name))
+    _draw(run, other, found, shown, part)
 
 
-def _draw(run: Run, other: Other, found: Comparison, shown: str, page: int) -> None:
+def _draw(run: Run, other: Other, found: Comparison, shown: str, part: int) -> None:
     site = found.site
 
     def at(**changed: object) -> str:
-        now = {"site": site, "cosine": f"{found.cosine:g}", "show": shown, "page": 1}
+        now = {"site": site, "cosine": f"{found.cosine:g}", "show": shown, "part": 1}
         return address("compare", **other.parameters(), **now | changed)
 
     rows = getattr(found, shown)
-    pages = max(1, math.ceil(len(rows) / ROWS))
-    page = min(page, pages)
-    here = rows.iloc[(page - 1) * ROWS : page * ROWS]
+    parts = max(1, math.ceil(len(rows) / ROWS))
+    part = min(part, parts)
+    here = rows.iloc[(part - 1) * ROWS : part * ROWS]
     latents = (
         lambda n: _latent(current(), site, n, site in run.indexed),
         lambda n: _latent(other.name, site, n, other.run is not None and site in other.run.indexed),
@@ -81,7 +67,7 @@ def _draw(run: Run, other: Other, found: Comparison, shown: str, page: int) -> N
             if len(here)
             else '<p class="js-h">None. Another cosine may find some.</p>'
         )
-        + _pages_html(page, pages, len(rows), at)
+        + _parts_html(part, parts, len(rows), at)
         + markup.note_html(_told(run, other, found))
     )
 
@@ -99,10 +85,8 @@ def _controls(sites: Sequence[str], other: Other) -> tuple[str, float]:
         if other.run is not None:
             names = [name for name in run_paths() if name != current()]
             st.session_state["compare_with"] = other.name
-            st.selectbox(f"{current()} with", names, key="compare_with", on_change=_chosen, width=220)
-        st.selectbox(
-            "Site", sites, key="compare_site", format_func=site_label, on_change=_chosen, width=190
-        )
+            st.selectbox(plain(f"{current()} with"), names, key="compare_with", on_change=_chosen, width=220)
+        st.selectbox("Site", sites, key="compare_site", format_func=site_label, on_change=_chosen, width=190)
         st.slider(
             "The same from cosine", 0.3, 1.0, step=0.05, key="compare_cosine", on_change=_chosen, width=260
         )
@@ -113,7 +97,7 @@ def _chosen() -> None:
     state = st.session_state
     which = {"with": state["compare_with"]} if "with" in st.query_params else {"hub": st.query_params["hub"]}
     kind = st.query_params.get("show", "matched")
-    set_address(**which, site=state["compare_site"], cosine=f"{state['compare_cosine']:g}", show=kind, page=1)
+    set_address(**which, site=state["compare_site"], cosine=f"{state['compare_cosine']:g}", show=kind, part=1)
 
 
 def _other() -> Other | None:
@@ -123,10 +107,10 @@ def _other() -> Other | None:
     name = wanted
     if wanted or not names:
         name = _ask_hub(wanted)
-    elif hub.allowed():
+    elif others.may_fetch():
         with st.expander("With a published dictionary instead"):
             name = _ask_hub("")
-    if name and (dictionary := hub.known(name)) is not None:
+    if name and (dictionary := others.fetched(name)) is not None:
         return Other(name, None, dictionary)
     if wanted or not names:
         return None
@@ -138,11 +122,11 @@ def _other() -> Other | None:
 
 def _ask_hub(wanted: str) -> str:
     """The id of a dictionary of the hub that is here by now; "" until one is asked for and found."""
-    if wanted and hub.known(wanted) is not None:
+    if wanted and others.fetched(wanted) is not None:
         return wanted
     if len(run_paths()) == 1:
         st.info("To compare two runs, serve both: `jumpscope view RUN OTHER`.", icon=":material/info:")
-    if not hub.allowed():
+    if not others.may_fetch():
         if wanted:
             st.info("Dictionaries of the hub are fetched at the viewer's own machine only.")
         return ""
@@ -155,7 +139,7 @@ def _ask_hub(wanted: str) -> str:
         )
         if st.form_submit_button("Fetch and compare"):
             try:
-                return hub.fetch(st.session_state["hub_id"])
+                return others.fetch(st.session_state["hub_id"])
             except UserError as error:
                 st.error(plain(str(error)), icon=":material/error:")
     return ""
@@ -164,26 +148,9 @@ def _ask_hub(wanted: str) -> str:
 def _tell_place(other: Other, site: str) -> None:
     own = other.dictionary.cfg.site_out if other.dictionary is not None else ""
     if own != site:
-        st.info(plain(f"{other.name} was made for {own or 'a site that its files do not name'}, not for {site}."))
-
-
-def _compared(run: Run, other: Other, site: str) -> Comparison:
-    """As `Run.compare` says, kept until one of the two is written anew."""
-    stamps = _stamp(run, site), _stamp(other.run, site) if other.run else 0
-    found = _comparison(run, other, str(run.path), str(other.run.path if other.run else other.name), site, stamps)
-    return dataclasses.replace(found, names=(current(), other.name))
-
-
-@st.cache_resource(max_entries=24, show_spinner=False)
-def _comparison(_run: Run, _other: Other, path: str, theirs: str, site: str, stamps: object) -> Comparison:
-    against = _other.run if _other.run is not None else _other.dictionary
-    assert against is not None
-    return _run.compare(against, site=site)
-
-
-def _stamp(run: Run, site: str) -> tuple[int, ...]:
-    files = (run.path / "sites" / site / WEIGHTS, run.path / WEIGHTS, run.index.root / site / MANIFEST)
-    return tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
+        st.info(
+            plain(f"{other.name} was made for {own or 'a site that its files do not name'}, not for {site}.")
+        )
 
 
 def _latent(run: str, site: str, latent: int, indexed: bool) -> str:
@@ -200,23 +167,25 @@ def _labels(run: Run | None, site: str, latents: Sequence[int]) -> Sequence[str]
     return run.index.labels_of(site, latents)
 
 
-def _pages_html(page: int, pages: int, total: int, at: object) -> str:
-    if pages == 1:
+def _parts_html(part: int, parts: int, total: int, at: Callable[..., str]) -> str:
+    if parts == 1:
         return ""
-    ways = ((page - 1, "← Previous", 1), (page + 1, "Next →", pages))
+    ways = ((part - 1, "← Previous"), (part + 1, "Next →"))
     links = [
-        f'<a href="{html.escape(at(page=to))}" target="_self" data-js-link>{name}</a>'
-        for to, name, _ in ways
-        if 1 <= to <= pages
+        f'<a href="{html.escape(at(part=to))}" target="_self" data-js-link>{name}</a>'
+        for to, name in ways
+        if 1 <= to <= parts
     ]
-    first = (page - 1) * ROWS + 1
+    first = (part - 1) * ROWS + 1
     told = f"<span>{first:,} to {min(total, first + ROWS - 1):,} of {total:,}</span>"
     return f'<nav class="js-pages" aria-label="Rows">{told}{"".join(links)}</nav>'
 
 
 def _told(run: Run, other: Other, found: Comparison) -> str:
     counts = f"{len(found.ours):,} latents of {found.names[0]}, {len(found.theirs):,} of {found.names[1]}"
-    bare = [n for n, r in ((current(), run), (other.name, other.run)) if r is None or found.site not in r.indexed]
+    bare = [
+        n for n, r in ((current(), run), (other.name, other.run)) if r is None or found.site not in r.indexed
+    ]
     why = f"; all of {' and '.join(bare)}, which has no index here" if bare else ""
     return f"Compared are those that fired on the indexed text: {counts}{why}."
 
@@ -229,8 +198,8 @@ def _choice(name: str, values: Sequence[str], default: str) -> str:
     return asked
 
 
-def _page() -> int:
-    asked = st.query_params.get("page", "1")
+def _part() -> int:
+    asked = st.query_params.get("part", "1")
     return max(1, int(asked)) if asked.isascii() and asked.isdecimal() and len(asked) < 9 else 1
 
 
