@@ -244,9 +244,9 @@ def test_an_example_marks_its_peak_by_more_than_colour():
     page = markup.example_html([" a", " b", "\n", "<c>"], [0.0, 2.0, 0.5, 4.0], 3, 4.0)
     assert page.count("js-on") == 3 and page.count("js-peak") == 1
     assert re.search(
-        r'js-peak[^>]*title="&lt;c&gt;: 4.00"[^>]*>&lt;c&gt;</span><span class="js-val">4.00<', page
+        r'js-peak[^>]*data-v="4.00" data-t="&lt;c&gt;"[^>]*>&lt;c&gt;</span><span class="js-val">4.00<', page
     )
-    assert 'title="·b: 2.00"' in page and "↵" in page
+    assert 'data-v="2.00" data-t="·b"' in page and "↵" in page
 
 
 def test_the_api_needs_neither_streamlit_nor_a_language_model(run):

@@ -1,7 +1,6 @@
 """A feature as a card for notebooks and as text for terminals. Everything that came from text is escaped."""
 
 import html
-from collections.abc import Callable
 
 import pandas as pd
 
@@ -9,12 +8,10 @@ from activations.sites import site_label
 from viewer import markup
 from viewer.features import Feature
 
-Link = Callable[[str, int], str]
-"""The address of a latent's page by site and latent; "" where there is none."""
 CONTEXT, BAND_CONTEXT = 40, 16
 """Tokens that a card shows either side of an example's peak: of the highest, and in the bands."""
 _TEXT_CONTEXT, _TEXT_AFTER = 12, 6
-_KINDS = {"cosine": "Same layer", "previous": "Layer before", "next": "Layer after"}
+KINDS = {"cosine": "Same layer", "previous": "Layer before", "next": "Layer after"}
 _RELATED, _DRIVERS, _EXAMPLES, _TEXT_EXAMPLES = 5, 8, 8, 5
 _LONGEST_LINE = 120
 
@@ -24,7 +21,7 @@ def feature_text(feature: Feature) -> str:
     site = feature.site
     lines = [f"{site.name} latent {feature.latent}: " + ", ".join(f"{n} {v}" for n, v in feature.facts())]
     if feature.label:
-        lines.append(f"  {one_line(feature.label)} ({_source(feature)})")
+        lines.append(f"  {one_line(feature.label)} ({source(feature)})")
     if feature.notes:
         lines.append(f"  notes  {one_line(feature.notes)}")
     logits, drivers = feature.logits(), feature.drivers()
@@ -62,7 +59,7 @@ def label_html(feature: Feature) -> str:
         title = html.escape(one_line(why))
         shown = (
             f'<p class="js-label" title="{title}">{html.escape(one_line(feature.label))} '
-            f"<small>{_source(feature)}</small></p>"
+            f"<small>{source(feature)}</small></p>"
         )
     return shown + (markup.note_html(markup.readable_text(feature.notes)) if feature.notes else "")
 
@@ -79,35 +76,32 @@ def examples_html(feature: Feature) -> str:
     return "".join(parts)
 
 
-def related_html(feature: Feature, link: Link | None = None) -> str:
-    """Its neighbours by decoder cosine and what fires with it, side by side; each linked where `link` can."""
+def related_html(feature: Feature) -> str:
+    """Its neighbours by decoder cosine and what fires with it, side by side."""
     near, together = feature.neighbours(), feature.cofiring()
-    lists = [
-        _related_list(name, near.loc[near["kind"] == kind], "cosine", link) for kind, name in _KINDS.items()
-    ]
-    lists.append(_related_list("Fires together", together, "phi", link))
+    lists = [_related_list(name, near.loc[near["kind"] == kind], "cosine") for kind, name in KINDS.items()]
+    lists.append(_related_list("Fires together", together, "phi"))
     return f'<div class="js-logits">{"".join(lists)}</div>'
 
 
-def _related_list(heading: str, rows: pd.DataFrame, value: str, link: Link | None) -> str:
+def _related_list(heading: str, rows: pd.DataFrame, value: str) -> str:
     if not len(rows):
         return ""
-    items = []
-    for row in rows.head(_RELATED).to_dict("records"):
-        name, label = f"{_place(row['site'])} · {row['latent']}", html.escape(one_line(row["label"]))
-        address = html.escape(link(row["site"], row["latent"])) if link else ""
-        if address:
-            name = f'<a href="{address}">{name}</a>'
-        text = f'<span class="js-t">{name} <small>{label}</small></span>'
-        items.append(f'<li title="{label}">{text}<span>{row[value]:.2f}</span></li>')
-    return f'<div><div class="js-h">{heading}, {value}</div><ol>{"".join(items)}</ol></div>'
+    items = "".join(
+        f'<li title="{html.escape(one_line(row["label"]))}"><span class="js-t">{_place(row["site"])} · '
+        f"{row['latent']} <small>{html.escape(one_line(row['label']))}</small></span>"
+        f"<span>{row[value]:.2f}</span></li>"
+        for row in rows.head(_RELATED).to_dict("records")
+    )
+    return f'<div><div class="js-h">{heading}, {value}</div><ol>{items}</ol></div>'
 
 
 def _place(site: str) -> str:
     return html.escape(site_label(site))
 
 
-def _source(feature: Feature) -> str:
+def source(feature: Feature) -> str:
+    """Whose its label is."""
     return "your label" if feature.label_source == "yours" else "automatic label"
 
 

@@ -5,21 +5,24 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from viewer import cards, markup
 from viewer.compare import Comparison
 
 KINDS = ("matched", "new", "gone", "split", "merged")
-_BINS, _WIDTH, _TALL = 50, 600, 80
+_BINS = 50
 _PARTS = 8
 
 STYLE = """<style>
-.js-cos{margin:.5rem 0 1.25rem;max-width:60rem} .js-cos svg{display:block;width:100%;height:9rem}
-.js-cos .ours{fill:rgb(20,150,130)} .js-cos .theirs{fill:rgb(210,120,20)}
-.js-cos line{stroke:currentColor;vector-effect:non-scaling-stroke} .js-cos .cut{stroke-dasharray:5 4}
-.js-cos div{display:flex;justify-content:space-between;font-size:.75rem;opacity:.8;
-  font-variant-numeric:tabular-nums} .js-cos p{margin:0;font-size:.8rem;overflow-wrap:anywhere}
+.js-cos{margin:.5rem 0 1.25rem;max-width:60rem}
+.js-cos p{margin:0 0 .3rem;font-size:.8rem;overflow-wrap:anywhere}
+.js-bars{position:relative;display:flex;gap:1px;height:4.5rem;align-items:flex-end}
+.js-bars.js-down{align-items:flex-start;border-top:1px solid currentColor}
+.js-bars i{flex:1;background:rgb(20,150,130)} .js-down i{background:rgb(210,120,20)}
+.js-bars b{position:absolute;top:0;bottom:0;border-left:1px dashed currentColor}
+.js-cos div:last-of-type{display:flex;justify-content:space-between;font-size:.75rem;opacity:.8;
+  font-variant-numeric:tabular-nums}
 .js-tabs{display:flex;flex-wrap:wrap;gap:.25rem 1.5rem;margin:0 0 .75rem;
   border-bottom:1px solid rgba(128,128,128,.35)}
 .js-tabs a{color:inherit;text-decoration:none;padding:.4rem 0;border-bottom:3px solid transparent;
@@ -104,34 +107,24 @@ def cosines_html(found: Comparison) -> str:
     edges = np.linspace(low, 1, _BINS + 1)
     counts = [np.histogram(np.clip(v, low, 1), edges)[0] for v in values]
     most = max(1, *(int(c.max()) for c in counts))
-    cut = _WIDTH * (found.cosine - low) / (1 - low)
+    cut = f'<b style="left:{100 * (found.cosine - low) / (1 - low):.2f}%"></b>'
     ours, theirs = (html.escape(name) for name in found.names)
     said = (
         f"Histogram of the cosine of each latent with its nearest of the other, from {low:.1f} to 1: "
         f"{ours} above the line, {theirs} below"
     )
     ticks = "".join(f"<span>{value:.2f}</span>" for value in np.linspace(low, 1, 5))
+    # bars of plain elements: Streamlit takes SVG out of HTML
     return (
-        f'<figure class="js-cos"><p>▲ {ours}, above the line · ▼ {theirs}, below · dashed: '
-        f"{markup.number(found.cosine)} · the highest bar is {most:,} latents</p>"
-        f'<svg viewBox="0 0 {_WIDTH} {2 * _TALL}" preserveAspectRatio="none" role="img" aria-label="{said}">'
-        f'<g class="ours">{_bars(counts[0], most, up=True)}</g>'
-        f'<g class="theirs">{_bars(counts[1], most, up=False)}</g>'
-        f'<line x1="0" x2="{_WIDTH}" y1="{_TALL}" y2="{_TALL}"/>'
-        f'<line class="cut" x1="{cut:.1f}" x2="{cut:.1f}" y1="0" y2="{2 * _TALL}"/></svg>'
-        f"<div>{ticks}</div><p>cosine with the nearest decoder row of the other</p></figure>"
+        f'<figure class="js-cos"><p>Cosine of each latent with its nearest of the other: {ours} above the line, '
+        f"{theirs} below; dashed {markup.number(found.cosine)}; the highest bar is {most:,} latents</p>"
+        f'<div role="img" aria-label="{said}"><div class="js-bars">{_bars(counts[0], most)}{cut}</div>'
+        f'<div class="js-bars js-down">{_bars(counts[1], most)}{cut}</div></div><div>{ticks}</div></figure>'
     )
 
 
-def _bars(counts: Int[np.ndarray, " bin"], most: int, *, up: bool) -> str:
-    step = _WIDTH / len(counts)
-    heights: Float[np.ndarray, " bin"] = _TALL * counts / most
-    return "".join(
-        f'<rect x="{n * step + 0.5:.1f}" y="{_TALL - tall if up else _TALL:.1f}" width="{step - 1:.1f}" '
-        f'height="{tall:.1f}"/>'
-        for n, tall in enumerate(heights)
-        if tall
-    )
+def _bars(counts: Int[np.ndarray, " bin"], most: int) -> str:
+    return "".join(f'<i style="height:{100 * count / most:.1f}%"></i>' for count in counts.tolist())
 
 
 def _title(found: Comparison, kind: str) -> str:

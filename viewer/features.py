@@ -98,6 +98,10 @@ class Feature:
         self.max: float = self._row["max"]
         self.threshold: float | None = self._row["threshold"]
         """None where a pre-activation alone does not decide whether it fires."""
+        self.decoder_norm: float | None = self._row["decoder_norm"]
+        """L2 norm of its decoder row."""
+        self.duplicate_of: int | None = self._row["duplicate_of"]
+        """The first latent of the site with nearly the same decoder row and firings."""
         self.automatic_label: str = self._row["label"] or ""
         """Made from the evidence by rules, without a language model."""
         self.label_evidence: str = self._row["label_evidence"] or ""
@@ -147,6 +151,19 @@ class Feature:
         if band is not None:
             table = table.filter(np.asarray(table["band"]) == band)
         return windows(table, self._fired, self.site.index.texts, self.site.index.strings, context)
+
+    def bands(self) -> pd.DataFrame:
+        """The fifths of its range of activations, highest first: band (1 to 5), lower, upper, count.
+
+        count is its firings from lower to upper. Empty for a latent that never fired.
+        """
+        lower = self._row["quantiles"] or []
+        upper = [self.max, *lower[:-1]]
+        rising = np.sort(self._fired[1])
+        least = len(rising) - np.searchsorted(rising, np.array(lower, np.float32))
+        count = np.diff(least, prepend=0)
+        number = range(1, len(lower) + 1)
+        return pd.DataFrame({"band": number, "lower": lower, "upper": upper, "count": count})
 
     def activations(self) -> pd.DataFrame:
         """Every firing, in the order of the text: row, block, document, position, token, activation."""

@@ -4,11 +4,11 @@ Scores are from 0 to 1 and are told at each function; `why` says in words what a
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import torch
+import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from activations.sites import layer_of
@@ -23,6 +23,8 @@ _IN_LABEL, _IN_CONTEXT, _IN_LOGITS = 1.0, 0.5, 0.5
 _REACH = 8
 """Tokens either side of an example's peak that count as its context."""
 _HINTS = 5
+_ITSELF = -2.0
+"""Below every cosine."""
 _COLUMNS = ["site", "layer", "latent", "label", "why", "score"]
 _PROOFS = ("label", "drivers", "context", "logits")
 
@@ -77,7 +79,13 @@ def find_text(text: str, index: IndexFolder, sites: Sequence[str], limit: int) -
     proofs = {
         site: np.stack(
             [
-                _proof(index.site(site), index.labels(site), word, np.array(ids, np.int64), context)
+                _proof(
+                    index.site(site),
+                    index.annotations.labels(site),
+                    word,
+                    np.array(ids, np.int64),
+                    context,
+                )
                 for word, ids, context in zip(words, tokens, contexts, strict=True)
             ]
         )
@@ -96,29 +104,33 @@ def find_text(text: str, index: IndexFolder, sites: Sequence[str], limit: int) -
     return _best(pd.concat(frames, ignore_index=True), index, limit).loc[:, _COLUMNS]
 
 
-def find_like(
-    like: Feature, decoders: Mapping[str, Float[torch.Tensor, "latent d_out"]], index: IndexFolder, limit: int
-) -> pd.DataFrame:
+def find_like(like: Feature, index: IndexFolder, sites: Sequence[str], limit: int) -> pd.DataFrame:
     """Latents whose decoder rows point as that of `like`, as in `find_text`; the score is the cosine.
 
     Sites that write to another width are left out.
     """
-    direction = like.direction()
-    direction = direction / max(float(direction.norm()), 1e-30)
-    home = index.root.resolve() == like.site.index.root.resolve()
     frames = []
-    for site, W_dec in decoders.items():
-        if W_dec.shape[1] != len(direction):
-            continue
-        cosine = (W_dec @ direction / W_dec.norm(dim=1).clamp_min(1e-30)).numpy()
-        if home and site == like.site.name:
-            cosine[like.latent] = -2
+    for site, cosine in _cosines(like, index, sites):
         best = np.argsort(-cosine, kind="stable")[: limit + 1]
-        best = best[cosine[best] > -2]
+        best = best[cosine[best] > _ITSELF]
         frames.append(pd.DataFrame({"site": site, "latent": best, "score": cosine[best]}))
     found = pd.concat(frames, ignore_index=True)
     found["why"] = f"decoder cosine with {like.title()}"
     return _best(found, index, limit).loc[:, _COLUMNS]
+
+
+def follow(like: Feature, index: IndexFolder, sites: Sequence[str]) -> pd.DataFrame:
+    """The latent of every other site that points most nearly as `like`: site, layer, latent, label, cosine.
+
+    A row each of `sites` that writes to the same width and whose dictionary is here, but for its own.
+    """
+    rows = []
+    for site, cosine in _cosines(like, index, sites):
+        if not (site == like.site.name and _ITSELF in cosine):
+            latent = int(cosine.argmax())
+            label = index.labels_of(site, [latent])[0] if (index.root / site).is_dir() else ""
+            rows.append((site, layer_of(site), latent, label, float(cosine[latent])))
+    return pd.DataFrame(rows, columns=["site", "layer", "latent", "label", "cosine"])
 
 
 def duplicates(sites: Mapping[str, Site], cosine: float) -> pd.DataFrame:
@@ -139,6 +151,22 @@ def duplicates(sites: Mapping[str, Site], cosine: float) -> pd.DataFrame:
     return frame.sort_values("cosine", ascending=False, kind="stable", ignore_index=True)
 
 
+def _cosines(
+    like: Feature, index: IndexFolder, sites: Sequence[str]
+) -> Iterator[tuple[str, Float[np.ndarray, " latent"]]]:
+    """Each site's decoder cosines with `like`; of itself _ITSELF. Sites of another width are left out."""
+    direction = like.direction()
+    direction = direction / direction.norm().clamp_min(1e-30)
+    home = index.root.resolve() == like.site.index.root.resolve()
+    for site in sites:
+        W_dec = index.decoder(site)
+        if W_dec.shape[1] == len(direction):
+            cosine = (W_dec @ direction / index.decoder_norm(site)).numpy()
+            if home and site == like.site.name:
+                cosine[like.latent] = _ITSELF
+            yield site, cosine
+
+
 def _together(found: pd.DataFrame) -> pd.DataFrame:
     """One row a latent, where several tokens read the same."""
     found = found.assign(mean=found["mean"].astype(np.float64) * found["count"])
@@ -148,17 +176,21 @@ def _together(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _proof(
-    tables: SiteTables, labels: list[str], word: str, tokens: Int[np.ndarray, " token"], context: np.ndarray
+    tables: SiteTables,
+    own: dict[int, str],
+    word: str,
+    tokens: Int[np.ndarray, " token"],
+    context: np.ndarray,
 ) -> Float[np.ndarray, "proof latent"]:
-    """What each latent of a site has of a word, in the order of _PROOFS."""
+    """What each latent of a site has of a word, in the order of _PROOFS. `own` is people's labels."""
     proof = np.zeros((len(_PROOFS), tables.n_latents))
-    starts = np.cumsum([0] + [len(label) + 1 for label in labels])
-    # one pass over all labels; a word's beginning, since its plural may end otherwise
-    for match in re.finditer(
-        rf"(?<!\w){re.escape(word.removesuffix('y'))}\w*", "\n".join(labels), re.IGNORECASE
-    ):
-        if stem(match[0]) == word:
-            proof[0, np.searchsorted(starts, match.start(), "right") - 1] = _IN_LABEL
+    # first the labels that have a word's beginning, since its plural may end otherwise
+    begins = pc.match_substring(tables.folded_labels, word.removesuffix("y")).to_numpy(zero_copy_only=False)
+    begins[[latent for latent in own if latent < len(begins)]] = False
+    some = {int(latent): tables.automatic_labels[latent] for latent in np.flatnonzero(begins)} | own
+    for latent, label in some.items():
+        if latent < tables.n_latents and any(stem(found) == word for found in re.findall(r"\w+", label)):
+            proof[0, latent] = _IN_LABEL
     if len(tokens):
         drivers = tables.all_drivers
         hit = np.flatnonzero(np.isin(drivers["token"], tokens))

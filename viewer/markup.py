@@ -8,7 +8,7 @@ import functools
 import html
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 LONGEST_TOKEN = 60
@@ -28,6 +28,19 @@ rgba(128,128,128,.25);overflow-wrap:anywhere} .js-ex p{margin:0;line-height:1.85
 .js-on{border-radius:3px 3px 0 0;border-bottom:2px solid rgba(190,90,0,.9);padding:1px 0}
 .js-peak{font-weight:700;padding:1px 2px;border-bottom-width:4px;border-bottom-style:double}
 .js-val{font-size:.7rem;font-weight:600;vertical-align:super;margin-left:1px;font-variant-numeric:tabular-nums}
+.js-on{position:relative} .js-on:hover::after{content:attr(data-t) " " attr(data-v);position:absolute;
+  left:50%;bottom:100%;transform:translateX(-50%);padding:0 .4rem;border-radius:4px;background:#1d2327;color:#fff;font-size:.72rem;
+  font-weight:600;line-height:1.5;white-space:pre;z-index:9;pointer-events:none}
+.js-ex:focus .js-on:not(.js-peak):not(:hover)::after{content:attr(data-v);font-size:.7rem;font-weight:600;
+  vertical-align:super;margin-left:1px;font-variant-numeric:tabular-nums}
+.js-ex:focus{outline:2px solid rgb(20,150,130);outline-offset:-1px;border-radius:4px}
+.js-far{display:none} .js-ex:has(details[open]) .js-far{display:inline} .js-cut{opacity:.6}
+.js-ex:has(details[open]) .js-cut{display:none} .js-more{display:inline-block;margin:0 0 0 .8rem!important}
+.js-ex .js-more summary{font-size:.75rem;opacity:.85}
+.js-hist{margin:.2rem 0 .6rem} .js-hist svg{display:block;width:100%;height:4.2rem;
+  border-bottom:1px solid rgba(128,128,128,.5)} .js-hist figcaption{display:flex;
+  justify-content:space-between;  font-size:.75rem;opacity:.8;font-variant-numeric:tabular-nums}
+.js-card .js-hist{max-width:20rem}
 .js-m{opacity:.55} .js-code{opacity:.75;font-family:monospace;font-size:.85em}
 .js-logits{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.75rem,1fr));gap:0 1.5rem} .js-logits
 ol{list-style:none;margin:0;padding:0} .js-logits
@@ -94,58 +107,97 @@ def percent(share: float | int) -> str:
 
 def token_html(token: str, *, alone: bool = True, style: str = "", classes: str = "", title: str = "") -> str:
     """A token as an escaped span."""
+    attributes = f' style="{html.escape(style)}"' if style else ""
+    attributes += f' title="{html.escape(title)}"' if title else ""
+    return f'<span class="{f"js-t {classes}".strip()}"{attributes}>{_inner_html(token, alone)}</span>'
+
+
+@functools.lru_cache(maxsize=16384)
+def _inner_html(token: str, alone: bool) -> str:
+    """A token escaped. Most tokens of most pages are among a few thousand."""
     shown = html.escape(readable(token, alone=alone))
     # marks that stand for something invisible are quieter than the text
     for mark in ("↵", "⇥", "␍", "⍽", "·") if shown != html.escape(token) else ():
         shown = shown.replace(mark, f'<span class="js-m">{mark}</span>')
-    if not alone and "\n" in token:
-        shown += "\n"
-    attributes = f' style="{html.escape(style)}"' if style else ""
-    attributes += f' title="{html.escape(title)}"' if title else ""
-    return f'<span class="{f"js-t {classes}".strip()}"{attributes}>{shown}</span>'
+    return shown + "\n" if not alone and "\n" in token else shown
 
 
-def example_html(tokens: Sequence[str], values: Sequence[float], peak: int, top: float) -> str:
+def example_html(
+    tokens: Sequence[str], values: Sequence[float], peak: int, top: float, reach: int | None = None
+) -> str:
     """A window of text: coloured and underlined where the latent fires, the peak bold with its value.
 
-    The deeper the background the nearer to `top`, the latent's highest activation; each value shows on hover.
+    The deeper the background the nearer to `top`, the latent's highest activation; each value shows on hover,
+    and all of them where the example has the focus. Tokens further than `reach` from the peak are folded.
     """
-    parts = []
+    low, high = (0, len(tokens)) if reach is None else (max(0, peak - reach), peak + reach + 1)
+    pieces = [(0, low), (low, high), (high, len(tokens))]
+    before, shown, after = (_piece(tokens[a:b], values[a:b], peak - a, top, a == 0) for a, b in pieces)
+    if before:
+        before = f'<span class="js-far">{before}</span><span class="js-cut">… </span>'
+    if after:
+        after = f'<span class="js-cut"> …</span><span class="js-far">{after}</span>'
+    return f"<p>{before}{shown}{after}</p>"
+
+
+def _piece(tokens: Sequence[str], values: Sequence[float], peak: int, top: float, starts: bool) -> str:
+    parts: list[str] = []
+    quiet: list[str] = []
     for index, (token, value) in enumerate(zip(tokens, values, strict=True)):
+        first = starts and index == 0
         if value <= 0:
-            token = token.removeprefix(" ") if index == 0 else token
-            # a single space between two words is seen as it is
-            parts.append(" " if token == " " else _quiet_html(token) if token else "")
+            quiet.append(_quiet_html(token.removeprefix(" ") if first else token))
             continue
-        depth = 0.08 + 0.52 * min(1.0, value / top if top > 0 else 1.0)
-        classes = "js-on js-peak" if index == peak else "js-on"
-        style = f"background:rgba(245,145,20,{depth:.2f})"
-        # the space before a word belongs to its token, but a coloured gap reads as part of the word before
-        lead = " " if token.startswith(" ") and token.strip(" ") else ""
-        hover = f"{readable(token)}: {number(value)}"
-        parts.append(
-            (lead if index else "")
-            + token_html(token[len(lead) :], alone=False, style=style, classes=classes, title=hover)
-        )
-        if index == peak:
-            parts.append(f'<span class="js-val">{number(value)}</span>')
-    return f"<p>{''.join(parts)}</p>"
+        parts += [_run_html(quiet), _firing_html(token, value, index == peak, top, first)]
+        quiet = []
+    return "".join((*parts, _run_html(quiet)))
 
 
-def examples_html(examples: Any, top: float) -> str:
-    """All of a feature's examples (the DataFrame of `Feature.examples`), one under another."""
+def _run_html(quiet: Sequence[str]) -> str:
+    """Tokens on which nothing fires are one run of text: letters join as they are read."""
+    return f'<span class="js-t">{"".join(quiet)}</span>' if any(quiet) else ""
+
+
+def _firing_html(token: str, value: float, is_peak: bool, top: float, first: bool) -> str:
+    depth = 0.08 + 0.52 * min(1.0, value / top if top > 0 else 1.0)
+    # the space before a word belongs to its token, but a coloured gap reads as part of the word before
+    lead = " " if token.startswith(" ") and token.strip(" ") else ""
+    shown = _inner_html(token[len(lead) :], False)
+    said = number(value)
+    span = (
+        f'{"" if first else lead}<span class="js-t js-on{" js-peak" if is_peak else ""}" data-v="{said}" '
+        f'data-t="{html.escape(readable(token))}" '
+        f'style="background:rgba(245,145,20,{depth:.2f})">{shown}</span>'
+    )
+    return span + f'<span class="js-val">{said}</span>' if is_peak else span
+
+
+def examples_html(examples: Any, top: float, reach: int | None = None) -> str:
+    """All of a feature's examples (the DataFrame of `Feature.examples`), one under another.
+
+    Each can have the focus, and shows its values then. With `reach`, what is further away unfolds.
+    """
     if not len(examples):
         return '<p class="js-h">No examples: it never fired on the indexed text.</p>'
     rows = []
     columns = (examples[name] for name in ("document", "position", "tokens", "values", "peak"))
     for document, position, tokens, values, peak in zip(*columns, strict=True):
-        where = f"<small>document {document}, token {position}</small>"
-        rows.append(f'<div class="js-ex">{example_html(tokens, values, peak, top)}{where}</div>')
+        where = f"document {document}, token {position}"
+        more = ""
+        if reach is not None and (peak > reach or len(tokens) - peak - 1 > reach):
+            more = '<details class="js-more"><summary>More context</summary></details>'
+        rows.append(
+            f'<div class="js-ex" tabindex="0" role="group" aria-label="{where}">'
+            f"{example_html(tokens, values, peak, top, reach)}<small>{where}</small>{more}</div>"
+        )
     return "".join(rows)
 
 
-def logits_html(logits: Any) -> str:
-    """The tokens a feature raises and lowers (the DataFrame of `Feature.logits`), with bars."""
+def logits_html(logits: Any, show: Callable[[str], str] | None = None) -> str:
+    """The tokens a feature raises and lowers (the DataFrame of `Feature.logits`), with bars.
+
+    `show` makes the HTML of a token, for instance with a link.
+    """
     if not len(logits):
         return '<p class="js-h">No logits: this site does not write to the residual stream.</p>'
     largest = logits["logit"].abs().max() or 1.0
@@ -158,13 +210,13 @@ def logits_html(logits: Any) -> str:
             bar = (
                 f"background:linear-gradient(90deg,rgba({colour},.24) {share:.0f}%,transparent {share:.0f}%)"
             )
-            items.append(f'<li style="{bar}">{token_html(token)}<span>{logit:+.2f}</span></li>')
+            items.append(f'<li style="{bar}">{(show or token_html)(token)}<span>{logit:+.2f}</span></li>')
         lists.append(f'<div><div class="js-h">{heading}</div><ol>{"".join(items)}</ol></div>')
     return f'<div class="js-logits">{"".join(lists)}</div>'
 
 
-def drivers_html(drivers: Any) -> str:
-    """The tokens that a feature fires on (the DataFrame of `Feature.drivers`), with bars."""
+def drivers_html(drivers: Any, show: Callable[[str], str] | None = None) -> str:
+    """The tokens that a feature fires on (the DataFrame of `Feature.drivers`), with bars; `show` as above."""
     if not len(drivers):
         return ""
     items = []
@@ -172,7 +224,7 @@ def drivers_html(drivers: Any) -> str:
         share = f"{100 * row['share']:.0f}%"
         bar = f"background:linear-gradient(90deg,rgba(245,145,20,.26) {share},transparent {share})"
         hover = f"{row['count']} firings, mean {number(row['mean'])}, {number(row['lift'])} times chance"
-        text = f"{token_html(row['token'])}<span>{percent(row['share'])}</span>"
+        text = f"{(show or token_html)(row['token'])}<span>{percent(row['share'])}</span>"
         items.append(f'<li style="{bar}" title="{hover}">{text}</li>')
     return (
         '<div class="js-h">Fires on, by share of its activation</div>'
@@ -201,30 +253,37 @@ def table_html(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="js-scroll">{table}</div>'
 
 
-def histogram_svg(histogram: Any) -> str:
-    """A small picture of a histogram (the DataFrame of `Feature.histogram`), without axes."""
+def histogram_svg(
+    histogram: Any, *, of: str = "activations", colour: str = "#c46a12", scale: str = "log scale"
+) -> str:
+    """A small picture of a histogram (the DataFrame of `Feature.histogram`); bars tell on hover."""
     if not len(histogram):
         return ""
-    width, tall = 300, 60
+    width, tall = 300, 64
     step = width / len(histogram)
-    most = histogram["count"].max()
+    most = max(1, histogram["count"].max())
     bars = "".join(
+        f"<g><title>{number(lower)} to {number(upper)}: {count:,}</title>"
+        f'<rect x="{i * step:.1f}" y="0" width="{step:.1f}" height="{tall}" fill="transparent"/>'
         f'<rect x="{i * step:.1f}" y="{tall * (1 - count / most):.1f}" width="{max(step - 1, 1):.1f}" '
-        f'height="{tall * count / most:.1f}"/>'
-        for i, count in enumerate(histogram["count"])
+        f'height="{tall * count / most:.1f}"/></g>'
+        for i, (lower, upper, count) in enumerate(
+            zip(histogram["lower"], histogram["upper"], histogram["count"], strict=True)
+        )
     )
     low, high = number(histogram["lower"].iloc[0]), number(histogram["upper"].iloc[-1])
-    label = f"histogram of activations from {low} to {high}, logarithmic"
+    label = f"histogram of {of} from {low} to {high}, {scale}"
     return (
-        f'<svg viewBox="0 0 {width} {tall}" width="{width}" height="{tall}" role="img" aria-label="{label}" '
-        f'fill="rgb(210,120,20)">{bars}</svg><div><small>{low} to {high}, log scale</small></div>'
+        f'<figure class="js-hist"><svg viewBox="0 0 {width} {tall}" preserveAspectRatio="none" role="img" '
+        f'aria-label="{label}" fill="{colour}">{bars}</svg>'
+        f"<figcaption><span>{low}</span><span>{scale}, most {most:,}</span><span>{high}</span></figcaption>"
+        "</figure>"
     )
 
 
-@functools.lru_cache(maxsize=16384)
 def _quiet_html(token: str) -> str:
-    """A token of running text on which nothing fires. Most tokens of most pages are among a few thousand."""
-    return token_html(token, alone=False)
+    # a single space between two words is seen as it is
+    return token if token in ("", " ") else _inner_html(token, False)
 
 
 def _character(character: str) -> str:

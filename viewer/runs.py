@@ -4,6 +4,7 @@ run = viewer.open("runs/demo");  run.layer(9)[123];  run.find(token=" Paris");  
 """
 
 import html
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from activations.sites import kind_of, layer_of, site_label
 from sae.errors import UserError
 from train.run_folder import RUN, RunFolder
 from viewer import find, markup
+from viewer.catalogue import Catalogue, Choice, Found
 from viewer.compare import Comparison, compare
 from viewer.features import Feature, Site
 from viewer.index.storage import MANIFEST, TEXTS
@@ -51,6 +53,7 @@ class Run(LiveCalls):
         """None where there is an index and no run."""
         self.index = IndexFolder(index, path)
         self._sites: Kept[Site] = Kept()
+        self._catalogue: Catalogue | None = None
 
     @property
     def sites(self) -> list[str]:
@@ -124,9 +127,10 @@ class Run(LiveCalls):
         token: str | int | None = None,
         text: str | None = None,
         like: Feature | None = None,
+        sites: Sequence[str] | None = None,
         limit: int = 20,
     ) -> pd.DataFrame:
-        """Latents of all indexed sites, best first: site, layer, latent, label, why, score and more.
+        """Latents, best first: site, layer, latent, label, why, score and more; of `sites`, or all indexed.
 
         By `token`: those that fire on it, as it reads (" Paris", with its space) or by its number. By
         `text`: those whose label, tokens, contexts or logits have its words. By `like`: those whose decoder
@@ -138,12 +142,29 @@ class Run(LiveCalls):
                 "find needs one of token, text and like", f"{len(asked)} of them", "give just one"
             )
         if like is not None:
-            return find.find_like(like, {s: self.index.decoder(s) for s in self.sites}, self.index, limit)
+            return find.find_like(like, self.index, sites or self.sites, limit)
         if not self.indexed:
             raise self._no_index()
         if token is not None:
-            return find.find_token(token, self.index, self.indexed, limit)
-        return find.find_text(str(text), self.index, self.indexed, limit)
+            return find.find_token(token, self.index, sites or self.indexed, limit)
+        return find.find_text(str(text), self.index, sites or self.indexed, limit)
+
+    def follow(self, feature: Feature) -> pd.DataFrame:
+        """The same direction through the layers: site, layer, latent, label, cosine, a row a site.
+
+        At each other site the latent whose decoder row has the highest cosine with the feature's. Sites
+        that write to another width are left out. Raises UserError when the dictionaries are not here.
+        """
+        return find.follow(feature, self.index, self.sites)
+
+    def browse(
+        self, choice: Choice, among: pd.DataFrame | None = None, *, start: int = 0, rows: int = 50
+    ) -> Found:
+        """A page of the latents that `choice` leaves, of those of `among` (an answer of `find`) or of all."""
+        kept = self._catalogue
+        if kept is None or not kept.current(self):
+            kept = self._catalogue = Catalogue(self)
+        return kept.browse(choice, among, start=start, rows=rows)
 
     def compare(
         self,

@@ -18,7 +18,7 @@ from urllib.parse import quote
 from activations.sites import site_label
 from sae.errors import UserError
 from sae.files import whole_folder
-from viewer import cards, markup
+from viewer import feature_html, markup
 from viewer.features import Feature, Site
 from viewer.runs import Run
 from viewer.static_table import SCRIPT as _TABLE_SCRIPT
@@ -32,8 +32,6 @@ a{color:var(--link);text-underline-offset:3px}
 :focus-visible{outline:2px solid var(--link);outline-offset:2px}
 nav{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;font-size:.9rem}
 h1{font-size:1.7rem;font-weight:600;line-height:1.25;margin:.25rem 0;overflow-wrap:anywhere}
-.columns{display:grid;grid-template-columns:minmax(0,2fr) minmax(0,3fr);gap:0 3rem}
-@media (max-width:55rem){.columns{grid-template-columns:minmax(0,1fr)}}
 details{margin:.4rem 0} summary{cursor:pointer;font-size:.85rem} footer{padding:1.5rem 1.25rem 2rem}
 svg{max-width:100%} </style>"""
 _FEATURE_SCRIPT = """
@@ -56,14 +54,14 @@ class Neighbours:
 
 
 def feature_page(
-    feature: Feature, *, link: cards.Link | None = None, around: Neighbours | None = None
+    feature: Feature, *, link: Callable[[str, int], str] | None = None, around: Neighbours | None = None
 ) -> str:
     """All that the index knows of a feature as one HTML document, with your label and notes.
 
     Alone it leads nowhere. `link` gives the addresses of related latents, `around` those of the table and
     of the pages before and after, which the arrow keys follow.
     """
-    around = around or Neighbours()
+    around, links = around or Neighbours(), feature_html.Links(feature=link or (lambda site, latent: ""))
     manifest = feature.site.manifest
     ways = [
         f'<a{rel} href="{html.escape(address)}">{html.escape(name)}</a>'
@@ -74,25 +72,15 @@ def feature_page(
         )
         if address
     ]
-    left = (
-        markup.logits_html(feature.logits())
-        + markup.drivers_html(feature.drivers())
-        + '<div class="js-h">Activations where it fires</div>' * bool(feature.firings)
-        + markup.histogram_svg(feature.histogram())
-    )
-    right = cards.examples_html(feature)
     origin = (
         f"{manifest['model']}, {feature.site.name}: {manifest['tokens']:,} tokens of {manifest['corpus']}"
     )
     body = (
         (f'<nav aria-label="Features">{"".join(ways)}</nav>' if ways else "")
-        + f"<main><h1>{html.escape(feature.title())}</h1>{cards.label_html(feature)}"
-        + markup.facts_html(feature.facts())
-        + f'<div class="columns"><section>{left}</section><section>{right}</section></div>'
-        + f"{cards.related_html(feature, link)}</main>"
+        + f"<main>{feature_html.head_html(feature, links)}{feature_html.main_html(feature, links)}</main>"
         + f"<footer>{markup.note_html(origin)}</footer>"
     )
-    return _document(feature.title(), body, _FEATURE_SCRIPT if ways else "")
+    return _document(feature.title(), feature_html.STYLE + body, _FEATURE_SCRIPT if ways else "")
 
 
 def write_pages(

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 import sae
@@ -161,6 +161,21 @@ class SiteTables:
         return pc.fill_null(self.latents.columns(["label"])["label"], "").to_pylist()
 
     @once
+    def folded_labels(self) -> pa.Array:
+        """The same in one case, to search in."""
+        return pa.array([label.casefold() for label in self.automatic_labels], pa.string())
+
+    @once
+    def top_driver(self) -> Int[np.ndarray, " latent"]:
+        """The token that drives each latent most, by share of its activation; -1 for none."""
+        drivers = self.all_drivers
+        # by activation comes before by lift, and rank 0 first
+        latent, first = np.unique(drivers["latent"], return_index=True)
+        token = np.full(self.n_latents, -1, np.int32)
+        token[latent] = drivers["token"][first]
+        return token
+
+    @once
     def all_drivers(self) -> dict[str, np.ndarray]:
         """The columns of drivers.parquet that are numbers; a token may stand in both orders of a latent."""
         names = ["latent", "token", "count", "mean", "share", "lift"]
@@ -199,6 +214,7 @@ class IndexFolder:
         self.root, self.home = root, home
         self.annotations = Annotations(home)
         self._dictionaries: Kept[sae.Dictionary] = Kept()
+        self._norms: Kept[Float[Tensor, " latent"]] = Kept()
         self._sites: Kept[SiteTables] = Kept()
         self._texts: Kept[Texts] = Kept()
         self._strings: Kept[Strings] = Kept()
@@ -244,6 +260,10 @@ class IndexFolder:
     def decoder(self, site: str) -> Float[Tensor, "latent d_out"]:
         """The decoder rows of a site, on the CPU. Raises UserError as `dictionary` does."""
         return self.dictionary(site).W_dec.detach().float().cpu()
+
+    def decoder_norm(self, site: str) -> Float[Tensor, " latent"]:
+        """The L2 norms of a site's decoder rows, taken once; never 0."""
+        return self._norms.get(site, None, lambda: self.decoder(site).norm(dim=1).clamp_min(1e-30))
 
     def _load(self, site: str) -> sae.Dictionary:
         # a dictionary's own folder may hold its index

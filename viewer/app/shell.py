@@ -15,7 +15,7 @@ from viewer import markup, runs
 from viewer.index.storage import MANIFEST, TEXTS
 from viewer.once import Kept
 
-PAGES = {"overview": "", "feature": "feature", "compare": "compare"}
+PAGES = {"overview": "", "features": "features", "feature": "feature", "compare": "compare"}
 """Pages by name, as modules and in addresses: the overview is what an address without a page shows."""
 _RUNS: Kept[runs.Run] = Kept()
 _STAMPED = (RUN, EVAL, f"index/{TEXTS}/{MANIFEST}", f"{TEXTS}/{MANIFEST}")
@@ -32,6 +32,32 @@ export default function ({ setTriggerValue }) {
   };
   document.addEventListener("click", follow);
   return () => document.removeEventListener("click", follow);
+}
+"""
+
+# the address that a link to copy leads to, in full; where the clipboard is closed to pages that are not
+# served over https, the old way
+_COPY = """
+export default function () {
+  const copy = async (event) => {
+    const link = event.target.closest?.("a[data-js-copy]");
+    if (!link) return;
+    event.preventDefault();
+    try {
+      await navigator.clipboard.writeText(link.href);
+    } catch {
+      const box = document.body.appendChild(document.createElement("textarea"));
+      box.value = link.href;
+      box.select();
+      document.execCommand("copy");
+      box.remove();
+    }
+    const said = link.textContent;
+    link.textContent = "Copied";
+    setTimeout(() => (link.textContent = said), 1500);
+  };
+  document.addEventListener("click", copy);
+  return () => document.removeEventListener("click", copy);
 }
 """
 
@@ -92,6 +118,11 @@ def follow_links() -> None:
             go(names[page], **dict(parse_qsl(query, keep_blank_values=True)))
 
 
+def copy_links() -> None:
+    """Makes links with `data-js-copy` copy their address."""
+    _copies()(key="copies")
+
+
 def render(show: Callable[[runs.Run], None]) -> None:
     """Draws a page of the current run; what the user can put right becomes a message in the page's place."""
     st.html(markup.STYLE)
@@ -130,3 +161,8 @@ def set_address(**parameters: object) -> None:
 @st.cache_resource(show_spinner=False)
 def _links() -> Callable:
     return component("jumpscope_links", js=_FOLLOW)
+
+
+@st.cache_resource(show_spinner=False)
+def _copies() -> Callable:
+    return component("jumpscope_copies", js=_COPY)

@@ -1,14 +1,17 @@
-"""One feature: how often and how hard it fires, on what, and what it says."""
+"""One feature: how often and how hard it fires, on what, what it says, and where else its direction is."""
 
+import importlib.util
 import random
 
 import numpy as np
+import pandas as pd
 import streamlit as st
 
 from activations.sites import site_label
 from sae.errors import UserError
-from viewer import cards, charts, markup
-from viewer.app.shell import plain, render, set_address
+from viewer import feature_html
+from viewer.app import labels
+from viewer.app.shell import address, copy_links, plain, render, set_address
 from viewer.features import Feature, Site
 from viewer.runs import Run
 
@@ -26,84 +29,96 @@ def show(run: Run) -> None:
     live = site.live()
     latent = _latent(site, live)
     go(name, latent)
-    controls(sites, site, live, latent)
+    feature = site[latent]
+    controls(sites, feature, live)
     if wanted != name:
         st.warning(plain(f"This run has no indexed site {wanted!r}: showing {name}."))
     if not len(live):
         st.warning(
             f"No latent of this site fired on the {site.manifest['tokens']:,} indexed tokens: all are dead."
         )
-    show_feature(site[latent])
+    show_feature(run, feature)
 
 
-def controls(sites: list[str], site: Site, live: np.ndarray, latent: int) -> None:
-    """Which site, which latent, and the ways to the next."""
+def controls(sites: list[str], feature: Feature, live: np.ndarray) -> None:
+    """Which site, which latent, the ways to the next, and what can be done with this one."""
+    site, latent = feature.site, feature.latent
     # the address is the state: widgets are set from it, and their callbacks write to it
     st.session_state.update(site=site.name, latent=latent)
+    before, after = live[live < latent], live[live > latent]
+    ways = {
+        "Previous": ("chevron_left", "Left", before[-1:]),
+        "Next": ("chevron_right", "Right", after[:1]),
+        "Random": ("casino", "D", live[[random.randrange(len(live))]] if len(live) else live),
+    }
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.selectbox("Site", sites, key="site", format_func=site_label, on_change=_chosen, width=190)
         st.number_input("Latent", 0, len(site) - 1, key="latent", on_change=_chosen, width=150)
-        before, after = live[live < latent], live[live > latent]
-        previous = int(before[-1]) if len(before) else latent
-        following = int(after[0]) if len(after) else latent
-        st.button(
-            "Previous",
-            icon=":material/chevron_left:",
-            shortcut="Left",
-            on_click=go,
-            args=(site.name, previous),
-            disabled=not len(before),
-        )
-        st.button(
-            "Next",
-            icon=":material/chevron_right:",
-            shortcut="Right",
-            on_click=go,
-            args=(site.name, following),
-            disabled=not len(after),
-        )
-        anywhere = int(random.choice(live)) if len(live) else latent
-        st.button(
-            "Random",
-            icon=":material/casino:",
-            shortcut="D",
-            on_click=go,
-            args=(site.name, anywhere),
-            disabled=not len(live),
-        )
+        for name, (icon, key, to) in ways.items():
+            st.button(
+                name,
+                icon=f":material/{icon}:",
+                shortcut=key,
+                on_click=go,
+                args=(site.name, int(to[0]) if len(to) else latent),
+                disabled=not len(to),
+            )
+        if st.button("Label", icon=":material/edit:", shortcut="E", on_click=labels.begin):
+            labels.edit(feature)
+        export(feature)
 
 
-def show_feature(feature: Feature) -> None:
-    """All that the index knows of it."""
-    st.header(plain(feature.title()))
-    st.html(cards.label_html(feature) + markup.facts_html(feature.facts()))
-    if not feature.firings:
-        st.info(
-            "This latent never fired on the indexed text. What it would say is below.", icon=":material/info:"
-        )
-    left, right = st.columns([2, 3], gap="large")
-    with left:
-        st.html(markup.logits_html(feature.logits()) + markup.drivers_html(feature.drivers()))
-        if feature.firings:
-            st.html('<div class="js-h">Activations where it fires</div>')
-            st.plotly_chart(
-                charts.histogram(feature.histogram()), key="histogram", config={"displayModeBar": False}
-            )
-    with right:
-        manifest = feature.site.manifest
-        st.html(
-            cards.examples_html(feature)
-            + cards.related_html(feature)
-            + markup.note_html(
-                f"From {manifest['tokens']:,} tokens of {manifest['corpus']}, a place of each document."
-            )
-        )
+def export(feature: Feature) -> None:
+    """A button that gives the page as a file; made when it is pressed."""
+    if importlib.util.find_spec("viewer.static") is None:
+        return
+
+    def page() -> str:
+        from viewer.static import feature_page
+
+        return feature_page(feature)
+
+    st.download_button(
+        "Export",
+        page,
+        file_name=f"{feature.site.name}.{feature.latent}.html",
+        mime="text/html",
+        icon=":material/download:",
+        on_click="ignore",
+        help="This page as a file that opens without a server",
+    )
+
+
+def show_feature(run: Run, feature: Feature) -> None:
+    """All that the index knows of it, and where else its direction is."""
+    links = feature_html.Links(
+        feature=lambda site, latent: address("feature", site=site, latent=latent),
+        token=lambda token: address("features", q=token, by="token"),
+        attributes='target="_self" data-js-link',
+        here=address("feature", site=feature.site.name, latent=feature.latent),
+    )
+    st.html(feature_html.STYLE + feature_html.head_html(feature, links))
+    strip = st.empty()
+    strip.html(feature_html.strip_html(feature, run.sites, None, links))
+    st.html(feature_html.main_html(feature, links))
+    # last, because it reads every decoder: the page is there by now, and has kept its place
+    strip.html(feature_html.strip_html(feature, run.sites, _follow(run, feature), links))
+    copy_links()
 
 
 def go(site: str, latent: int) -> None:
     """Makes a feature the one shown, in the address and for the next visit to this page."""
     set_address(site=site, latent=latent)
     st.session_state["last_site"], st.session_state["last_latent"] = site, latent
+
+
+def _follow(run: Run, feature: Feature) -> pd.DataFrame:
+    """The nearest latent of each layer; of the layers beside it where the dictionaries are not here."""
+    try:
+        return run.follow(feature)
+    except UserError:
+        near = feature.neighbours()
+        return near.loc[near["kind"] != "cosine"].drop_duplicates("kind")
 
 
 def _chosen() -> None:
