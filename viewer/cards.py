@@ -45,7 +45,7 @@ def feature_html(feature: Feature) -> str:
     return (
         f'{markup.STYLE}<div class="js-card"><h4>{html.escape(feature.title())}</h4>'
         f"{label_html(feature)}{markup.facts_html(feature.facts())}"
-        f"{markup.histogram_svg(feature.histogram())}{markup.logits_html(feature.logits())}"
+        f"{markup.histogram_html(feature.histogram())}{markup.logits_html(feature.logits())}"
         f"{markup.drivers_html(feature.drivers().head(_DRIVERS))}"
         f"{examples_html(feature)}{related_html(feature)}</div>"
     )

@@ -3,9 +3,8 @@
 Numbers are kept as arrays; only the rows of the page that is asked for become objects.
 """
 
-import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -15,9 +14,8 @@ from jaxtyping import Bool, Int
 
 from activations.sites import layer_of
 from sae.errors import UserError
-
-if TYPE_CHECKING:
-    from viewer.runs import Run
+from viewer.once import once
+from viewer.tables import IndexFolder, SiteTables, containing
 
 STATES = ("live", "silent", "dense", "duplicate")
 """What a latent can be; a duplicate is live or dense as well."""
@@ -67,13 +65,12 @@ class Found:
 
 
 class Catalogue:
-    """The numbers of every latent of a run's whole indexes, as they were when it was made."""
+    """The numbers of every latent of some sites, as their tables are."""
 
-    def __init__(self, run: "Run") -> None:
-        self._index = run.index
-        self._tables, self.torn = _whole(run)
+    def __init__(self, index: IndexFolder, tables_of: Mapping[str, SiteTables]) -> None:
+        self._index, self._tables = index, dict(tables_of)
         self.sites = list(self._tables)
-        tables = list(self._tables.values())
+        tables = list(tables_of.values())
         number = [t.n_latents for t in tables]
         self._starts = np.cumsum([0, *number])
         self._site = np.repeat(np.arange(len(tables), dtype=np.int16), number)
@@ -85,12 +82,9 @@ class Catalogue:
         states = [s["state"].to_numpy() for s in scalars]
         self._state = np.concatenate([np.zeros(0, object), *states]).astype(str)
 
-    def current(self, run: "Run") -> bool:
-        """Whether the indexes are those that it was made of."""
-        tables, torn = _whole(run)
-        return tables == self._tables and torn == self.torn
-
-    def browse(self, choice: Choice, among: pd.DataFrame | None, *, start: int, rows: int) -> Found:
+    def browse(
+        self, choice: Choice, among: pd.DataFrame | None, torn: dict[str, str], *, start: int, rows: int
+    ) -> Found:
         """Of the latents that `choice` leaves, in its order, the `rows` from `start` on.
 
         `among` has the columns site, latent, score and why, as an answer of `Run.find`: only these then.
@@ -109,7 +103,7 @@ class Catalogue:
         frame["score"] = np.nan if score is None else score[page]
         why = dict(zip(self._places(among).tolist(), among["why"], strict=True)) if among is not None else {}
         frame["why"] = [why.get(place, "") for place in page.tolist()]
-        return Found(frame, len(chosen), self.torn)
+        return Found(frame, len(chosen), torn)
 
     def _kept(self, choice: Choice) -> Bool[np.ndarray, " all"]:
         low, high = choice.density
@@ -123,8 +117,7 @@ class Catalogue:
         elif choice.state:
             keep &= self._state == choice.state
         if choice.label:
-            found = pc.match_substring(self._labels(), choice.label.casefold())
-            keep &= found.to_numpy(zero_copy_only=False)
+            keep &= containing(self._labels(), choice.label.casefold())
         return keep
 
     def _order(
@@ -158,18 +151,18 @@ class Catalogue:
             labels = tables.folded_labels
             own = {n: text for n, text in self._index.annotations.labels(site).items() if n < len(labels)}
             if own:
-                mask = np.zeros(len(labels), bool)
-                mask[list(own)] = True
-                texts = pa.array([own[n].casefold() for n in sorted(own)], pa.string())
-                labels = pc.replace_with_mask(labels, pa.array(mask), texts)
+                texts = labels.to_pylist()
+                for latent, text in own.items():
+                    texts[latent] = text.casefold()
+                labels = pa.array(texts, pa.string())
             arrays.append(labels)
         return pa.concat_arrays(arrays) if arrays else pa.array([], pa.string())
 
-    @functools.cached_property
+    @once
     def _token(self) -> Int[np.ndarray, " all"]:
         return np.concatenate([np.zeros(0, np.int32), *(t.top_driver for t in self._tables.values())])
 
-    @functools.cached_property
+    @once
     def _token_rank(self) -> Int[np.ndarray, " all"]:
         """The place of each latent's strongest driver in the alphabet; -1 for none."""
         known, which = np.unique(self._token, return_inverse=True)
@@ -210,20 +203,12 @@ class Catalogue:
         return frame
 
 
-def _whole(run: "Run") -> tuple[dict, dict[str, str]]:
-    """The tables of the sites that can be read, and why the others cannot."""
-    tables, torn = {}, {}
-    for site in run.indexed:
-        try:
-            tables[site] = run.site(site).tables
-        except UserError as error:
-            torn[site] = str(error)
-    return tables, torn
-
-
 def _ranks(texts: pa.Array) -> Int[np.ndarray, " text"]:
     """The place of each text in the alphabet; -1 for the empty one. Equal texts share a place."""
     encoded = texts.dictionary_encode()
-    rank = pc.rank(encoded.dictionary, sort_keys="ascending").to_numpy().astype(np.int64)
-    rank[pc.equal(encoded.dictionary, "").to_numpy(zero_copy_only=False)] = -1
+    options = pc.RankOptions(sort_keys="ascending")
+    rank = pc.call_function("rank", [encoded.dictionary], options).to_numpy().astype(np.int64)
+    empty = encoded.dictionary.index("").as_py()
+    if empty >= 0:
+        rank[empty] = -1
     return rank[encoded.indices.to_numpy()]

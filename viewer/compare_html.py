@@ -116,7 +116,7 @@ def cosines_html(found: Comparison) -> str:
     ticks = "".join(f"<span>{value:.2f}</span>" for value in np.linspace(low, 1, 5))
     # bars of plain elements: Streamlit takes SVG out of HTML
     return (
-        f'<figure class="js-cos"><p>Cosine of each latent with its nearest of the other: {ours} above the line, '
+        f'<figure class="js-cos"><p>Cosine of each latent with its nearest: {ours} above the line, '
         f"{theirs} below; dashed {markup.number(found.cosine)}; the highest bar is {most:,} latents</p>"
         f'<div role="img" aria-label="{said}"><div class="js-bars">{_bars(counts[0], most)}{cut}</div>'
         f'<div class="js-bars js-down">{_bars(counts[1], most)}{cut}</div></div><div>{ticks}</div></figure>'

@@ -45,7 +45,7 @@ STYLE = """<style>
 .js-strip b{display:block;font-size:.95rem}
 .js-strip [aria-current]{border:2px solid currentColor;font-weight:600}
 .js-strip li>a:hover{border-color:currentColor}
-.js-rel{list-style:none;margin:0;padding:0} .js-rel li{display:flex;gap:.7rem;font-size:.9rem;margin:0;
+ol.js-rel{list-style:none;margin:0;padding:0} .js-rel li{display:flex;gap:.7rem;font-size:.9rem;margin:0;
   padding:.12rem 0;font-variant-numeric:tabular-nums;white-space:nowrap}
 .js-rel li>span:nth-child(2){flex:1;overflow:hidden;text-overflow:ellipsis;opacity:.8}
 .js-rel a{font-weight:600}
@@ -191,8 +191,8 @@ def _examples_html(feature: Feature) -> str:
     manifest = feature.site.manifest
     note = (
         f"From {manifest['tokens']:,} tokens of {manifest['corpus']}, a place of each document. The bands "
-        "are fifths of its range of activations, with a few places drawn from each. A value shows on hover, all "
-        "of an example where it has the focus or is clicked."
+        "are fifths of its range of activations, with a few places drawn from each. A value shows on hover, "
+        "all of an example's when it has the focus or is clicked."
     )
     return "".join(parts) + markup.note_html(note)
 
@@ -207,13 +207,13 @@ def _side_html(feature: Feature, links: Links) -> str:
     parts = []
     drivers, logits = feature.drivers(), feature.logits()
     if feature.firings:
-        parts += ["<h2>Activations where it fires</h2>", markup.histogram_svg(feature.histogram())]
+        parts += ["<h2>Activations where it fires</h2>", markup.histogram_html(feature.histogram())]
         parts += ["<h2>What it fires on</h2>", markup.drivers_html(drivers.head(_BEST), links.to_token)]
     parts += ["<h2>What it says</h2>", markup.logits_html(logits, links.to_token)]
     spread = feature.logit_histogram()
     if len(logits) and len(spread):
         parts.append(
-            markup.histogram_svg(
+            markup.histogram_html(
                 spread, of="logits over the vocabulary", colour="rgb(20,150,130)", scale="standard deviations"
             )
         )

@@ -8,14 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-import pyarrow.compute as pc
 from jaxtyping import Float, Int
 
 from activations.sites import layer_of
 from sae.errors import UserError
 from viewer.features import Feature, Site
 from viewer.markup import percent, readable
-from viewer.tables import IndexFolder, SiteTables, stem
+from viewer.tables import IndexFolder, SiteTables, containing, stem
 from viewer.windows import near
 
 # what a word counts for where it is found: nothing but a label or all of a latent's activation is full proof
@@ -185,7 +184,7 @@ def _proof(
     """What each latent of a site has of a word, in the order of _PROOFS. `own` is people's labels."""
     proof = np.zeros((len(_PROOFS), tables.n_latents))
     # first the labels that have a word's beginning, since its plural may end otherwise
-    begins = pc.match_substring(tables.folded_labels, word.removesuffix("y")).to_numpy(zero_copy_only=False)
+    begins = containing(tables.folded_labels, word.removesuffix("y"))
     begins[[latent for latent in own if latent < len(begins)]] = False
     some = {int(latent): tables.automatic_labels[latent] for latent in np.flatnonzero(begins)} | own
     for latent, label in some.items():

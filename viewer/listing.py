@@ -46,7 +46,7 @@ def table_html(
 
     `sorted_by` is the column in whose order they are, and whether it rises.
     """
-    searched = rows["score"].notna().any()
+    searched = bool(rows["score"].notna().to_numpy().any())
     columns = {name: said for name, said in _COLUMNS.items() if searched or name != "score"}
     heads = []
     for name, said in columns.items():

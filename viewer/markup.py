@@ -29,7 +29,8 @@ rgba(128,128,128,.25);overflow-wrap:anywhere} .js-ex p{margin:0;line-height:1.85
 .js-peak{font-weight:700;padding:1px 2px;border-bottom-width:4px;border-bottom-style:double}
 .js-val{font-size:.7rem;font-weight:600;vertical-align:super;margin-left:1px;font-variant-numeric:tabular-nums}
 .js-on{position:relative} .js-on:hover::after{content:attr(data-t) " " attr(data-v);position:absolute;
-  left:50%;bottom:100%;transform:translateX(-50%);padding:0 .4rem;border-radius:4px;background:#1d2327;color:#fff;font-size:.72rem;
+  left:50%;bottom:100%;transform:translateX(-50%);padding:0 .4rem;border-radius:4px;
+  background:#1d2327;color:#fff;font-size:.72rem;
   font-weight:600;line-height:1.5;white-space:pre;z-index:9;pointer-events:none}
 .js-ex:focus .js-on:not(.js-peak):not(:hover)::after{content:attr(data-v);font-size:.7rem;font-weight:600;
   vertical-align:super;margin-left:1px;font-variant-numeric:tabular-nums}
@@ -37,9 +38,12 @@ rgba(128,128,128,.25);overflow-wrap:anywhere} .js-ex p{margin:0;line-height:1.85
 .js-far{display:none} .js-ex:has(details[open]) .js-far{display:inline} .js-cut{opacity:.6}
 .js-ex:has(details[open]) .js-cut{display:none} .js-more{display:inline-block;margin:0 0 0 .8rem!important}
 .js-ex .js-more summary{font-size:.75rem;opacity:.85}
-.js-hist{margin:.2rem 0 .6rem} .js-hist svg{display:block;width:100%;height:4.2rem;
-  border-bottom:1px solid rgba(128,128,128,.5)} .js-hist figcaption{display:flex;
-  justify-content:space-between;  font-size:.75rem;opacity:.8;font-variant-numeric:tabular-nums}
+.js-hist{margin:.2rem 0 .6rem} .js-hist>div{display:flex;height:4.2rem;
+  border-bottom:1px solid rgba(128,128,128,.5)}
+.js-hist i{flex:1;display:flex;align-items:flex-end;height:100%;min-width:0} .js-hist i i{margin-right:1px;
+  min-height:0} .js-hist>div>i:hover{background:rgba(128,128,128,.25)}
+.js-hist figcaption{display:flex;justify-content:space-between;font-size:.75rem;opacity:.8;
+  font-variant-numeric:tabular-nums}
 .js-card .js-hist{max-width:20rem}
 .js-m{opacity:.55} .js-code{opacity:.75;font-family:monospace;font-size:.85em}
 .js-logits{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.75rem,1fr));gap:0 1.5rem} .js-logits
@@ -253,29 +257,27 @@ def table_html(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="js-scroll">{table}</div>'
 
 
-def histogram_svg(
+def histogram_html(
     histogram: Any, *, of: str = "activations", colour: str = "#c46a12", scale: str = "log scale"
 ) -> str:
-    """A small picture of a histogram (the DataFrame of `Feature.histogram`); bars tell on hover."""
+    """A small picture of a histogram (the DataFrame of `Feature.histogram`); bars tell on hover.
+
+    Without SVG, which Streamlit takes out of HTML.
+    """
     if not len(histogram):
         return ""
-    width, tall = 300, 64
-    step = width / len(histogram)
     most = max(1, histogram["count"].max())
     bars = "".join(
-        f"<g><title>{number(lower)} to {number(upper)}: {count:,}</title>"
-        f'<rect x="{i * step:.1f}" y="0" width="{step:.1f}" height="{tall}" fill="transparent"/>'
-        f'<rect x="{i * step:.1f}" y="{tall * (1 - count / most):.1f}" width="{max(step - 1, 1):.1f}" '
-        f'height="{tall * count / most:.1f}"/></g>'
-        for i, (lower, upper, count) in enumerate(
-            zip(histogram["lower"], histogram["upper"], histogram["count"], strict=True)
+        f'<i title="{number(lower)} to {number(upper)}: {count:,}">'
+        f'<i style="height:{100 * count / most:.1f}%;background:{colour}"></i></i>'
+        for lower, upper, count in zip(
+            histogram["lower"], histogram["upper"], histogram["count"], strict=True
         )
     )
     low, high = number(histogram["lower"].iloc[0]), number(histogram["upper"].iloc[-1])
     label = f"histogram of {of} from {low} to {high}, {scale}"
     return (
-        f'<figure class="js-hist"><svg viewBox="0 0 {width} {tall}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{label}" fill="{colour}">{bars}</svg>'
+        f'<figure class="js-hist"><div role="img" aria-label="{label}">{bars}</div>'
         f"<figcaption><span>{low}</span><span>{scale}, most {most:,}</span><span>{high}</span></figcaption>"
         "</figure>"
     )

@@ -22,7 +22,7 @@ from viewer.index.storage import MANIFEST, TEXTS
 from viewer.live.calls import LiveCalls
 from viewer.once import Kept
 from viewer.query import query
-from viewer.tables import IndexFolder
+from viewer.tables import IndexFolder, SiteTables
 
 if TYPE_CHECKING:
     from activations.models import LanguageModel
@@ -53,7 +53,7 @@ class Run(LiveCalls):
         """None where there is an index and no run."""
         self.index = IndexFolder(index, path)
         self._sites: Kept[Site] = Kept()
-        self._catalogue: Catalogue | None = None
+        self._catalogue: Kept[Catalogue] = Kept()
 
     @property
     def sites(self) -> list[str]:
@@ -161,10 +161,9 @@ class Run(LiveCalls):
         self, choice: Choice, among: pd.DataFrame | None = None, *, start: int = 0, rows: int = 50
     ) -> Found:
         """A page of the latents that `choice` leaves, of those of `among` (an answer of `find`) or of all."""
-        kept = self._catalogue
-        if kept is None or not kept.current(self):
-            kept = self._catalogue = Catalogue(self)
-        return kept.browse(choice, among, start=start, rows=rows)
+        tables, torn = self._whole()
+        catalogue = self._catalogue.get("", tables, lambda: Catalogue(self.index, tables))
+        return catalogue.browse(choice, among, torn, start=start, rows=rows)
 
     def compare(
         self,
@@ -255,6 +254,16 @@ class Run(LiveCalls):
 
     def _index_of(self, site: str) -> Site | None:
         return self.site(site) if site in self.indexed else None
+
+    def _whole(self) -> tuple[dict[str, SiteTables], dict[str, str]]:
+        """The tables of the sites whose index can be read, and why the others' cannot."""
+        tables, torn = {}, {}
+        for site in self.indexed:
+            try:
+                tables[site] = self.site(site).tables
+            except UserError as error:
+                torn[site] = str(error)
+        return tables, torn
 
     def _in_state(self, state: str) -> pd.DataFrame:
         latents = self.latents()

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 import sae
@@ -284,6 +284,12 @@ def stem(text: str) -> str:
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
     return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
+
+
+def containing(texts: pa.Array, part: str) -> Bool[np.ndarray, " text"]:
+    """Which of the texts have a part."""
+    found = pc.call_function("match_substring", [texts], pc.MatchSubstringOptions(part))
+    return found.to_numpy(zero_copy_only=False).copy()
 
 
 def _stamp(path: Path) -> int:

@@ -94,7 +94,7 @@ def current() -> str:
     return next(iter(known))
 
 
-def address(page: str, **parameters: object) -> str:
+def address(page: str, /, **parameters: object) -> str:
     """Where a page shows something, of the current run unless `run` is among the parameters.
 
     For `href` in HTML of our own, escaped by the caller, beside the attribute `data-js-link`.
@@ -102,7 +102,7 @@ def address(page: str, **parameters: object) -> str:
     return f"{PAGES[page] or '.'}?{urlencode({'run': current(), **parameters})}"
 
 
-def go(page: str, **parameters: object) -> None:
+def go(page: str, /, **parameters: object) -> None:
     """Shows another page at once."""
     query = {name: str(value) for name, value in {"run": current(), **parameters}.items()}
     st.switch_page(st.session_state["pages"][page], query_params=query)

@@ -15,8 +15,8 @@ from viewer.catalogue import SORTS, STATES, Choice, Found
 from viewer.runs import Run
 
 PAGE = 50
+# as many latents as a search by words or token finds
 MOST = 1000
-"""Latents that a search by words or token finds."""
 LONGEST = 300
 WAYS = {"words": "About these words", "token": "Fires on this token", "label": "Label has this text"}
 _FALLING = ("density", "firings", "mean", "max", "score")
