@@ -16,8 +16,8 @@ from viewer import static
 from viewer.static import feature_page, write_pages
 
 TAGS = set(
-    "html head meta title style script body nav main h1 p small b div span section a ol li svg rect details "
-    "summary footer table thead tbody tr th td button label input output".split()
+    "html head meta title style script body nav main h1 h2 p small b i div span a ol li details figure "
+    "figcaption summary footer table thead tbody tr th td button label input output".split()
 )
 
 
