@@ -114,7 +114,7 @@ def _other() -> Other | None:
         return Other(name, None, dictionary)
     if wanted or not names:
         return None
-    if asked is not None and asked not in names:
+    if asked not in (None, current(), *names):
         st.warning(plain(f"This viewer has no other run {asked[:80]!r}: showing {names[0]}."))
     chosen = asked if asked in names else names[0]
     return Other(chosen, open_run(chosen), None)
