@@ -21,16 +21,22 @@ COSINE, ROWS = 0.7, 50
 def show(run: Run) -> None:
     """The page."""
     st.title("Compare")
-    other = _other()
+    # the controls stand above what decides them
+    body, end = st.container(), st.container()
+    with end:
+        other = _other()
     if other is None:
         return
+    with body:
+        show_comparison(run, other)
+
+
+def show_comparison(run: Run, other: Other) -> None:
+    """The controls, and what they ask for."""
     sites = [s for s in run.sites if s in other.run.sites] if other.run else run.sites
     if not sites:
-        raise UserError(
-            "runs to compare must have a site in common",
-            f"none in {current()} and {other.name}",
-            "choose others",
-        )
+        must, do = "runs to compare must have a site in common", "choose others"
+        raise UserError(must, f"none in {current()} and {other.name}", do)
     site, cosine = _controls(sites, other)
     shown, part = _choice("show", compare_html.KINDS, "matched"), _part()
     set_address(**other.parameters(), site=site, cosine=f"{cosine:g}", show=shown, part=part)
@@ -146,6 +152,12 @@ def _ask_hub(wanted: str) -> str:
 
 
 def _tell_place(other: Other, site: str) -> None:
+    runs = [name for name in run_paths() if name != current()]
+    if runs:
+        link = html.escape(address("compare", **{"with": runs[0]}, site=site))
+        st.html(
+            f'<a class="js-note" href="{link}" target="_self" data-js-link>Compare with a run instead</a>'
+        )
     own = other.dictionary.cfg.site_out if other.dictionary is not None else ""
     if own != site:
         st.info(
