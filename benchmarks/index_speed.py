@@ -10,9 +10,9 @@ rounds of index over harvest plus products. The last line is JSON.
     python benchmarks/index_speed.py [--layers 0,6,12,17] [--width 16384] [--tokens 8192] [--rounds 1]
                                      [--other FOLDER] [--features 256]
 
-`--other` is a folder into which `pip install --target` put SAEDashboard 0.8: the last site's dictionary is then
-given to it too, with the same text and the first `--features` of its latents (its own default minibatch), once
-with the activations still to be computed and once with them in its cache, and times are given per latent.
+`--other` is a folder into which `pip install --target` put SAEDashboard 0.8: the last site's dictionary is
+then given to it too, with the same text and the first `--features` of its latents (its own default minibatch),
+once with the activations still to be computed and once with them in its cache; times are given per latent.
 """
 
 import argparse

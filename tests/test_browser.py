@@ -161,7 +161,7 @@ def test_hostile_addresses_and_labels_never_run(tab, page):
     # whatever name a page may read
     names = ("site", "latent", "q", "by", "sort", "state", "with", "hub", "cosine", "show", "part", "page")
     more = ("run", "text", "prompt", "f", "label", "token", "tokens", "layer", "latents", "strength")
-    for asked in ({name: HOSTILE for name in (*names, *more)}, {"q": HOSTILE}, {"text": HOSTILE}, {}):
+    for asked in (dict.fromkeys((*names, *more), HOSTILE), {"q": HOSTILE}, {"text": HOSTILE}, {}):
         tab.goto(where(page, **asked))
         settled(tab)
         # time for an onerror to fire, if there were one
