@@ -11,7 +11,7 @@ rounds of index over harvest plus products. The last line is JSON.
                                      [--other FOLDER] [--features 256]
 
 `--other` is a folder into which `pip install --target` put SAEDashboard 0.8: the last site's dictionary is
-then given to it too, with the same text and the first `--features` of its latents (its own default minibatch),
+then given to it too, with the same text and the first `--features` of its latents (its default minibatch),
 once with the activations still to be computed and once with them in its cache; times are given per latent.
 """
 
