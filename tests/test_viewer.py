@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from streamlit.testing.v1 import AppTest
-from viewer_fakes import D_SAE, SITES, fake_run
+from viewer_fakes import SITES, fake_run
 
 import viewer
 
@@ -40,57 +40,6 @@ def test_the_whole_app_starts_on_the_overview(show, folder):
     assert not app.exception and app.title[0].value == "mine"
 
 
-def test_the_feature_page_shows_what_the_api_says(show, folder):
-    app = show(FEATURE, folder, site=SITES[1], latent="5")
-    assert not app.exception and not app.error and not app.warning
-    feature = viewer.open(folder).layer(1)[5]
-    page = html_of(app)
-    assert all(value in page for _, value in feature.facts())
-    assert page.count("js-ex") >= len(feature.examples()) > 0
-    assert "<script" not in page and "&lt;script&gt;" in page
-
-
-def test_the_address_follows_the_controls(show, folder):
-    app = show(FEATURE, folder)
-    live = viewer.open(folder).layer(0).live().tolist()
-    assert address(app) == {"run": "mine", "site": SITES[0], "latent": str(live[0])}
-    press(app, "Next")
-    assert address(app)["latent"] == str(live[1]) and app.number_input(key="latent").value == live[1]
-    press(app, "Next")
-    press(app, "Previous")
-    assert address(app)["latent"] == str(live[1])
-    press(app, "Random")
-    assert int(address(app)["latent"]) in live
-    app.number_input(key="latent").set_value(7).run()
-    app.selectbox(key="site").select(SITES[1]).run()
-    assert not app.exception and address(app) == {"run": "mine", "site": SITES[1], "latent": "7"}
-    assert "7" in app.header[0].value
-
-
-def address(app):
-    """The query as the browser would show it; the tester gives lists for what it was told itself."""
-    return {k: v[0] if isinstance(v, list) else v for k, v in app.query_params.items()}
-
-
-def press(app, label):
-    next(button for button in app.button if button.label == label).click().run()
-
-
-@pytest.mark.parametrize("latent", ["-1", "x", str(D_SAE), "9" * 30, "²", "<b>"])
-def test_a_bad_address_is_answered_with_a_feature_and_a_warning(show, folder, latent):
-    app = show(FEATURE, folder, site=SITES[0], latent=latent)
-    assert (
-        not app.exception
-        and len(app.warning) == 1
-        and app.number_input(key="latent").value == viewer.open(folder).layer(0).live()[0]
-    )
-
-
-def test_an_unknown_site_is_named(show, folder):
-    app = show(FEATURE, folder, site="blocks.99.hook_resid_post")
-    assert not app.exception and "99" in app.warning[0].value
-
-
 def test_a_bare_run_says_what_to_do(show, tmp_path):
     bare = fake_run(tmp_path / "bare", index=False, evaluated=False).path
     app = show(OVERVIEW, bare)
@@ -98,13 +47,6 @@ def test_a_bare_run_says_what_to_do(show, tmp_path):
     assert not app.exception and "jumpscope eval" in said and "jumpscope index" in said
     app = show(FEATURE, bare)
     assert not app.exception and "jumpscope index" in app.error[0].value
-
-
-def test_only_dead_latents(show, tmp_path):
-    dead = fake_run(tmp_path / "dead", threshold=1e6).path
-    app = show(FEATURE, dead)
-    assert not app.exception and not app.error and "all are dead" in app.warning[0].value
-    assert all(button.disabled for button in app.button)
 
 
 def test_a_torn_index_and_a_deleted_run_become_messages(show, tmp_path):

@@ -158,7 +158,7 @@ class Feature:
         count is its firings from lower to upper. Empty for a latent that never fired.
         """
         lower = self._row["quantiles"] or []
-        upper = [self.max, *lower[:-1]]
+        upper = [self.max, *lower][: len(lower)]
         rising = np.sort(self._fired[1])
         least = len(rising) - np.searchsorted(rising, np.array(lower, np.float32))
         count = np.diff(least, prepend=0)

@@ -63,9 +63,9 @@ def controls(sites: list[str], feature: Feature, live: np.ndarray) -> None:
                 args=(site.name, int(to[0]) if len(to) else latent),
                 disabled=not len(to),
             )
-        if st.button("Label", icon=":material/edit:", shortcut="E", on_click=labels.begin):
-            labels.edit(feature)
+        st.button("Label", icon=":material/edit:", shortcut="E", on_click=labels.begin, args=(feature,))
         export(feature)
+    labels.dialog(feature)
 
 
 def export(feature: Feature) -> None:

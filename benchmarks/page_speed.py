@@ -1,0 +1,180 @@
+"""How fast the viewer's pages come, in a browser: from a click to what it asked for being drawn.
+
+    python benchmarks/page_speed.py RUN [--times 30] [--chromium /usr/bin/chromium]
+
+Serves RUN, opens it in Chromium and does what a user does: Next, a neighbour, a box of the strip, a random
+feature, a page of the table, a sorting, a search by words, by token and by label. The clock runs in the page
+(performance.now), from the event of the click or key to the animation frame after the one in which the new
+heading and what belongs under it (examples, rows) stood there. The first of each is told apart: it opens
+files. Features and words are drawn anew each time, so that little is seen twice. The last line is JSON.
+"""
+
+import argparse
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import viewer
+
+FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+# drawn is what was not there: a new heading with new text below, or new rows
+_WATCH = """
+(kind) => {
+  const heading = () => document.querySelector(".js-f h1")?.textContent ?? "";
+  const list = () => document.querySelector(".js-list tbody")?.textContent ?? "";
+  const now = () => kind === "feature"
+    ? [heading(), document.querySelector(".js-two")?.textContent ?? "",
+       document.querySelectorAll(".js-two .js-h").length]
+    : [list(), list(), document.querySelectorAll(".js-list tbody tr").length];
+  const before = now();
+  window.drawn = new Promise((resolve) => {
+    let start = null;
+    const begin = () => { start ??= performance.now(); };
+    for (const name of ["click", "keydown"])
+      document.addEventListener(name, begin, { capture: true, once: true });
+    const look = () => {
+      const here = now();
+      if (start !== null && here[0] !== before[0] && here[1] !== before[1] && here[2] > 0)
+        requestAnimationFrame(() => resolve(performance.now() - start));
+      else requestAnimationFrame(look);
+    };
+    requestAnimationFrame(look);
+    setTimeout(() => resolve(null), 20000);
+  });
+}
+"""
+
+
+def main() -> None:
+    """Serves, measures and prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--times", type=int, default=30)
+    parser.add_argument("--chromium", default="/usr/bin/chromium")
+    arguments = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = f"from viewer.app.launch import launch; launch([{str(arguments.run)!r}], {port}, True)"
+    server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    try:
+        _wait(f"http://127.0.0.1:{port}/_stcore/health")
+        found = measure(f"http://127.0.0.1:{port}", arguments)
+    finally:
+        server.terminate()
+        server.wait()
+    print(f"{'':16}{'first':>8}{'median':>8}{'95 %':>8}{'worst':>8}  ms")
+    for name, row in found.items():
+        print(f"{name:16}" + "".join(f"{row[key]:8.0f}" for key in ("first", "median", "p95", "worst")))
+    print(json.dumps({"benchmark": "page_speed", "run": arguments.run.name, "ms": found}))
+
+
+def measure(url: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """{what is done: first, median, p95, worst}, in milliseconds."""
+    from playwright.sync_api import sync_playwright
+
+    run = viewer.open(arguments.run)
+    texts = run.index.texts
+    words = [
+        w for w in run.index.strings.of(texts.tokens[texts.keep][:20_000]) if w[1:].isalnum() and len(w) > 3
+    ]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=arguments.chromium, args=FLAGS)
+        tab = browser.new_page(viewport={"width": 1440, "height": 900})
+        tab.set_default_timeout(60_000)
+
+        def timed(kind: str, act: Callable[[], object]) -> float:
+            tab.evaluate(_WATCH, kind)
+            act()
+            took = tab.evaluate("window.drawn")
+            if took is None:
+                raise SystemExit(f"nothing new was drawn: {tab.locator('body').inner_text()[:400]}")
+            # a person looks before the next click; the strip of layers comes meanwhile
+            tab.wait_for_timeout(400)
+            print(f"{kind} {took:.0f} ms", file=sys.stderr)
+            return took
+
+        def link(selector: str) -> Callable[[], object]:
+            def click_one() -> None:
+                tab.locator(selector).first.wait_for()
+                random.choice(tab.locator(selector).all()).click()
+
+            return click_one
+
+        def search(by: str) -> Callable[[], object]:
+            def type_and_enter() -> None:
+                box = tab.get_by_label("Search", exact=True)
+                word = random.choice(words)
+                box.fill(
+                    word
+                    if by == "token"
+                    else f"{word.strip()} {random.choice(words).strip()}"
+                    if by == "words"
+                    else word.strip()
+                )
+                box.press("Enter")
+
+            return type_and_enter
+
+        times: dict[str, list[float]] = {}
+        tab.goto(url)
+        tab.locator(".js-facts").first.wait_for()
+        site = run.indexed[len(run.indexed) // 2]
+        tab.goto(f"{url}/feature?site={site}&latent={int(run.site(site).live()[0])}")
+        tab.locator(".js-strip a").first.wait_for()
+        acts: dict[str, Callable[[], object]] = {
+            "next": lambda: tab.get_by_role("button", name="Next").click(),
+            "key": lambda: tab.keyboard.press("ArrowRight"),
+            "neighbour": link(".js-rel a"),
+            "layer": link(".js-strip a"),
+            "random": lambda: tab.get_by_role("button", name="Random").click(),
+        }
+        for name, act in acts.items():
+            times[name] = [timed("feature", act) for _ in range(arguments.times)]
+        tab.goto(f"{url}/features")
+        tab.locator(".js-list tbody tr").first.wait_for()
+        times["page"] = [
+            timed("list", lambda: tab.get_by_role("link", name="Next page").first.click())
+            for _ in range(arguments.times)
+        ]
+        times["sort"] = [
+            timed("list", link(".js-list th a:is(:text('density'), :text('label'), :text('token'))"))
+            for _ in range(arguments.times // 3)
+        ]
+        for by in ("words", "token", "label"):
+            tab.goto(f"{url}/features?by={by}")
+            tab.locator(".js-list tbody tr").first.wait_for()
+            times[f"search {by}"] = [timed("list", search(by)) for _ in range(arguments.times // 3)]
+        browser.close()
+    return {name: _summary(taken) for name, taken in times.items()}
+
+
+def _summary(taken: list[float]) -> dict[str, float]:
+    rest = sorted(taken[1:] or taken)
+    p95 = rest[min(len(rest) - 1, int(0.95 * len(rest)))]
+    summary = {"first": taken[0], "median": statistics.median(rest), "p95": p95, "worst": rest[-1]}
+    return {name: round(value, 1) for name, value in summary.items()}
+
+
+def _wait(address: str) -> None:
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(address, timeout=1):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.1)
+    raise SystemExit(f"the viewer must answer at {address} within 30 s")
+
+
+if __name__ == "__main__":
+    main()
