@@ -1,8 +1,6 @@
 """Each page of the viewer, run by Streamlit's own tester."""
 
-import inspect
 import shutil
-import socket
 import sys
 from pathlib import Path
 
@@ -11,8 +9,6 @@ from streamlit.testing.v1 import AppTest
 from viewer_fakes import SITES, fake_run
 
 import viewer
-from sae import UserError
-from viewer.app import launch
 
 APP = Path(viewer.__file__).resolve().parent / "app" / "main.py"
 OVERVIEW, FEATURE = APP.parent / "pages" / "overview.py", APP.parent / "pages" / "feature.py"
@@ -37,17 +33,6 @@ def show(monkeypatch):
 
 def html_of(app):
     return "".join(str(element.proto.body) for element in app.get("html"))
-
-
-def test_the_overview_shows_every_site_and_the_curves(show, folder):
-    app = show(OVERVIEW, folder)
-    assert not app.exception and not app.error and app.title[0].value == "mine"
-    page = html_of(app)
-    assert "0 resid_post" in page and "1 resid_post" in page and "± 0.010" in page and "98.0 %" in page
-    assert f"feature?run=mine&amp;site={SITES[1]}" in page
-    assert len(app.get("plotly_chart")) == 5
-    app.selectbox(key="curve").select("fvu").run()
-    assert not app.exception
 
 
 def test_the_whole_app_starts_on_the_overview(show, folder):
@@ -75,21 +60,3 @@ def test_a_torn_index_and_a_deleted_run_become_messages(show, tmp_path):
     for script in (OVERVIEW, FEATURE):
         app = show(script, folder)
         assert not app.exception and "run" in app.error[0].value
-
-
-def test_an_address_that_is_taken_or_senseless_is_refused(folder):
-    with socket.socket() as busy:
-        busy.bind(("127.0.0.1", 0))
-        busy.listen()
-        with pytest.raises(UserError, match="--port"):
-            launch.launch([folder], port=busy.getsockname()[1], headless=True)
-    with pytest.raises(UserError, match="65535"):
-        launch.launch([folder], port=0, headless=True)
-    with pytest.raises(UserError, match=r"run\.json"):
-        launch.launch([folder.parent], port=8765, headless=True)
-
-
-def test_the_server_stays_on_this_machine_and_tells_nobody():
-    options = launch.options(port=1, headless=True, address="127.0.0.1")
-    assert options["server_address"] == "127.0.0.1" and options["browser_gatherUsageStats"] is False
-    assert inspect.signature(launch.launch).parameters["address"].default == "127.0.0.1"

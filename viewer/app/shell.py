@@ -1,5 +1,6 @@
 """What the viewer's pages share: which runs are shown, how addresses name things, how trouble is told."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -140,7 +141,18 @@ def render(show: Callable[[runs.Run], None]) -> None:
 
 def open_run(name: str) -> runs.Run:
     """One of the viewer's runs, opened once and again when it was written anew."""
-    path = run_paths()[name]
+    return _open(run_paths()[name])
+
+
+def warm(paths: Sequence[Path]) -> None:
+    """Reads what the first pages of runs need, while the browser loads the viewer's own code."""
+    for path in paths:
+        # a run that cannot be read is told by its page
+        with contextlib.suppress(UserError, OSError):
+            _open(path).health()
+
+
+def _open(path: Path) -> runs.Run:
     files = (path / name for name in _STAMPED)
     stamp = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
     return _RUNS.get(path, stamp, lambda: runs.open(path))
