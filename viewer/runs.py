@@ -172,14 +172,14 @@ class Run(LiveCalls):
 
     def compare(
         self,
-        other: "Run",
+        other: "Run | sae.Dictionary",
         layer: int | None = None,
         *,
         kind: str | None = None,
         site: str = "",
         cosine: float = 0.7,
     ) -> Comparison:
-        """Which latents of a site another run has too. Name the site by its layer, or in full.
+        """Which latents of a site another run, or a dictionary, has too. Name the site by layer, or in full.
 
         Needs both dictionaries, and takes what it can from the indexes. `cosine` is how near two decoder
         rows must be to be the same.
@@ -187,6 +187,10 @@ class Run(LiveCalls):
         if (layer is None) == (not site):
             raise UserError("compare needs a layer or a site", f"{layer=}, {site=}", "give one of the two")
         name = site if layer is None else self.site_at(layer, kind)
+        if isinstance(other, sae.Dictionary):
+            pair = (self.dictionary(name), other)
+            indexes = (self._index_of(name), None)
+            return compare(pair, indexes, names=(self.name, "the dictionary"), site=name, cosine=cosine)
         names = (self.name, other.name) if self.name != other.name else (str(self.path), str(other.path))
         return compare(
             (self.dictionary(name), other.dictionary(name)),

@@ -213,8 +213,8 @@ class IndexFolder:
     def __init__(self, root: Path, home: Path) -> None:
         self.root, self.home = root, home
         self.annotations = Annotations(home)
-        self._norms: Kept[Float[Tensor, " latent"]] = Kept()
         self._dictionaries: Kept[sae.Dictionary] = Kept()
+        self._norms: Kept[Float[Tensor, " latent"]] = Kept()
         self._sites: Kept[SiteTables] = Kept()
         self._texts: Kept[Texts] = Kept()
         self._strings: Kept[Strings] = Kept()

@@ -16,7 +16,7 @@ from viewer import markup, runs
 from viewer.index.storage import MANIFEST, TEXTS
 from viewer.once import Kept
 
-PAGES = {"overview": "", "features": "features", "feature": "feature"}
+PAGES = {"overview": "", "features": "features", "feature": "feature", "compare": "compare"}
 """Pages by name, as modules and in addresses: the overview is what an address without a page shows."""
 _RUNS: Kept[runs.Run] = Kept()
 _STAMPED = (RUN, EVAL, f"index/{TEXTS}/{MANIFEST}", f"{TEXTS}/{MANIFEST}")
