@@ -5,6 +5,7 @@ run = viewer.open("runs/demo");  run.layer(9)[123];  run.find(token=" Paris");  
 
 import contextlib
 import functools
+import contextlib
 import html
 from collections.abc import Sequence
 from pathlib import Path
@@ -198,6 +199,18 @@ class Run(LiveCalls):
             names=names, site=name, cosine=cosine,
         )  # fmt: skip
 
+    def warm(self) -> None:
+        """Reads what searching and following need of all sites, so that the first of them is quick, too."""
+        with contextlib.suppress(UserError, OSError):
+            _ = self.index.strings.by_word
+        for name in self.indexed:
+            # what is torn is told where it is asked for
+            with contextlib.suppress(UserError, OSError):
+                self.index.site(name).warm()
+                self.index.decoder_norm(name)
+        with contextlib.suppress(UserError, OSError):
+            self.browse(Choice(sort="token"))
+
     def sql(self, statement: str) -> pd.DataFrame:
         """The answer to a SELECT over latents, examples, drivers, related, tokens and labels.
 
@@ -260,6 +273,11 @@ class Run(LiveCalls):
                 manifest = self.index.site(site).manifest
                 return {key: manifest[key] for key in ("model", "corpus") if key in manifest}
         return {}
+
+    @property
+    def model_name(self) -> str:
+        """The language model whose activations its dictionaries read."""
+        return self.config().get("model") or self.dictionary(self.sites[0]).cfg.model
 
     def state(self) -> str:
         """`running`, `done`, `stopped: why`, `failed: why`, or `index only`."""
