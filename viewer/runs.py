@@ -5,7 +5,6 @@ run = viewer.open("runs/demo");  run.layer(9)[123];  run.find(token=" Paris");  
 
 import contextlib
 import functools
-import contextlib
 import html
 from collections.abc import Sequence
 from pathlib import Path
