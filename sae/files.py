@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -80,6 +81,29 @@ def atomic_write(path: Path | str, content: bytes | Callable[[Path], object]) ->
             sync_folder(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path | str) -> Iterator[Path]:
+    """A folder that appears with everything in it, or not at all: the block fills the folder it is given.
+
+    Raises UserError when something other than an empty folder stands at `path`, and when the disk refuses.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError("--out must be a new or an empty folder", f"{path} is not", "choose another --out")
+    parent = make_folder(path.absolute().parent)
+    with disk_errors(path):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=parent))
+        try:
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            if path.exists():
+                path.rmdir()
+            temporary.rename(path)
+            sync_folder(parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path | str, value: Any) -> None:

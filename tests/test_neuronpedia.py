@@ -12,7 +12,8 @@ from sae import UserError
 from train.cli.main import main
 from viewer import neuronpedia
 from viewer.index import storage
-from viewer.neuronpedia import find_index, write_neuronpedia
+from viewer.index.storage import find_index
+from viewer.neuronpedia import write_neuronpedia
 
 # what the importer indexes in each feature and each activation, and its types
 LISTS = {

@@ -1,5 +1,6 @@
 """Two dictionaries of one site beside each other: what both have, what only one has, what split."""
 
+import dataclasses
 import html
 from dataclasses import dataclass
 
@@ -7,13 +8,14 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 import sae
 from sae.errors import UserError
 from viewer import charts, markup
 from viewer.features import Site
+from viewer.once import once
 
 _BLOCK_ELEMENTS = 1 << 24
 _SHOWN = 10
@@ -39,7 +41,7 @@ class Comparison:
     theirs: pd.DataFrame
     """The same the other way round."""
 
-    @property
+    @once
     def matched(self) -> pd.DataFrame:
         """latent, other, cosine, label, other_label; the surest first."""
         pairs = self.ours.loc[self.ours["kind"] == "matched", ["latent", "other", "cosine", "label"]]
@@ -48,25 +50,34 @@ class Comparison:
         )
         return _falling(pairs.merge(theirs, on="other"), "cosine")
 
-    @property
+    @once
     def new(self) -> pd.DataFrame:
         """Ours that they have not: latent, label, density, other (the nearest), cosine."""
         return _only(self.ours)
 
-    @property
+    @once
     def gone(self) -> pd.DataFrame:
         """Theirs that we have not."""
         return _only(self.theirs)
 
-    @property
+    @once
     def split(self) -> pd.DataFrame:
         """Ours that are several of theirs: latent, label, parts, others, cosines."""
         return _parts(self.ours, self.theirs)
 
-    @property
+    @once
     def merged(self) -> pd.DataFrame:
         """Theirs that are several of ours."""
         return _parts(self.theirs, self.ours)
+
+    def at(self, cosine: float) -> "Comparison":
+        """The same at another `cosine`, without another look at the dictionaries."""
+        sides = []
+        for mine, other in ((self.ours, self.theirs), (self.theirs, self.ours)):
+            back = pd.Series(other["other"].to_numpy(), index=other["latent"]).reindex(mine["other"])
+            mutual = back.to_numpy() == mine["latent"].to_numpy()
+            sides.append(mine.assign(kind=_kinds(mine["cosine"].to_numpy(), mutual, cosine)))
+        return dataclasses.replace(self, cosine=cosine, ours=sides[0], theirs=sides[1])
 
     def plot(self) -> go.Figure:
         """How near the latents of each come to the other's."""
@@ -182,15 +193,21 @@ def _side(
     other: pd.DataFrame,
     nearest: Int[np.ndarray, " here"],
     value: Float[np.ndarray, " here"],
-    mutual: np.ndarray,
+    mutual: Bool[np.ndarray, " here"],
     cosine: float,
 ) -> pd.DataFrame:
     frame = mine.loc[mine["alive"], ["latent", "label", "density"]].reset_index(drop=True)
     theirs = other.loc[other["alive"], "latent"].to_numpy()
     frame["other"] = np.append(theirs, -1)[nearest]
     frame["cosine"] = value
-    frame["kind"] = np.where(value < cosine, "new", np.where(mutual, "matched", "part"))
+    frame["kind"] = _kinds(value, mutual, cosine)
     return frame
+
+
+def _kinds(
+    value: Float[np.ndarray, " here"], mutual: Bool[np.ndarray, " here"], cosine: float
+) -> Shaped[np.ndarray, " here"]:
+    return np.where(value < cosine, "new", np.where(mutual, "matched", "part"))
 
 
 def _only(frame: pd.DataFrame) -> pd.DataFrame:

@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Float
 
 from activations.sites import kind_of, layer_of
-from sae.errors import UserError
 from sae.files import atomic_write, make_folder
 from viewer.index import storage
 
@@ -26,24 +25,6 @@ _BINS = 50
 # tokens either side of a peak
 _CONTEXT = 32
 _DECIMALS = 5
-
-
-def find_index(source: Path | str) -> Path:
-    """The feature index of a dictionary of a run, or the folder itself where it is a site's index.
-
-    Raises UserError when there is none, with what to do.
-    """
-    source = Path(source)
-    run = source.parent.parent if source.parent.name == "sites" else None
-    folder = source if run is None else run / "index" / source.name
-    if not (folder / storage.MANIFEST).is_file():
-        do = f"`jumpscope index {run or 'RUN'}` makes it"
-        if run is None:
-            do = f"give RUN/sites/SITE, or the site's folder in an index; {do}"
-        raise UserError(
-            "Neuronpedia's format needs a feature index", f"no {storage.MANIFEST} in {folder}", do
-        )
-    return folder
 
 
 def write_neuronpedia(

@@ -172,14 +172,14 @@ class Run(LiveCalls):
 
     def compare(
         self,
-        other: "Run",
+        other: "Run | sae.Dictionary",
         layer: int | None = None,
         *,
         kind: str | None = None,
         site: str = "",
         cosine: float = 0.7,
     ) -> Comparison:
-        """Which latents of a site another run has too. Name the site by its layer, or in full.
+        """Which latents of a site another run, or a dictionary, has too. Name the site by layer, or in full.
 
         Needs both dictionaries, and takes what it can from the indexes. `cosine` is how near two decoder
         rows must be to be the same.
@@ -187,12 +187,28 @@ class Run(LiveCalls):
         if (layer is None) == (not site):
             raise UserError("compare needs a layer or a site", f"{layer=}, {site=}", "give one of the two")
         name = site if layer is None else self.site_at(layer, kind)
+        if isinstance(other, sae.Dictionary):
+            pair = (self.dictionary(name), other)
+            indexes = (self._index_of(name), None)
+            return compare(pair, indexes, names=(self.name, "the dictionary"), site=name, cosine=cosine)
         names = (self.name, other.name) if self.name != other.name else (str(self.path), str(other.path))
         return compare(
             (self.dictionary(name), other.dictionary(name)),
             (self._index_of(name), other._index_of(name)),
             names=names, site=name, cosine=cosine,
         )  # fmt: skip
+
+    def warm(self) -> None:
+        """Reads what searching and following need of all sites, so that the first of them is quick, too."""
+        with contextlib.suppress(UserError, OSError):
+            _ = self.index.strings.by_word
+        for name in self.indexed:
+            # what is torn is told where it is asked for
+            with contextlib.suppress(UserError, OSError):
+                self.index.site(name).warm()
+                self.index.decoder_norm(name)
+        with contextlib.suppress(UserError, OSError):
+            self.browse(Choice(sort="token"))
 
     def sql(self, statement: str) -> pd.DataFrame:
         """The answer to a SELECT over latents, examples, drivers, related, tokens and labels.
@@ -256,6 +272,11 @@ class Run(LiveCalls):
                 manifest = self.index.site(site).manifest
                 return {key: manifest[key] for key in ("model", "corpus") if key in manifest}
         return {}
+
+    @property
+    def model_name(self) -> str:
+        """The language model whose activations its dictionaries read."""
+        return self.config().get("model") or self.dictionary(self.sites[0]).cfg.model
 
     def state(self) -> str:
         """`running`, `done`, `stopped: why`, `failed: why`, or `index only`."""

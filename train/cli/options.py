@@ -231,19 +231,28 @@ class ImportOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """Write a dictionary in another library's format, with a model card.
+    """Write a dictionary in another library's format, with a model card; or what is known of its features.
 
-    What the format cannot express is refused, never dropped. `neuronpedia` is a format of pages about
-    features, not of dictionaries: it is made from the feature index of a run's site.
+    What the format cannot express is refused, never dropped. Two formats are of features, not of
+    dictionaries, and are made from a feature index: `neuronpedia`, the batches that its importer reads, and
+    `html`, a page for each latent and a table of them, which open without a server.
     """
 
     source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DICT")]]
-    """The folder of a dictionary in any format that `jumpscope import` reads, or an id. For neuronpedia,
-    RUN/sites/SITE, or a site's folder in an index."""
-    to: Literal["saelens", "gemma-scope", "gemma-scope-2", "dictionary-learning", "sparsify", "neuronpedia"]
+    """The folder of a dictionary in any format that `jumpscope import` reads, or an id. For neuronpedia and
+    html, RUN/sites/SITE, or a site's folder in an index; for html also a run: all of its sites."""
+    to: Literal[
+        "saelens", "gemma-scope", "gemma-scope-2", "dictionary-learning", "sparsify", "neuronpedia", "html"
+    ]
     """The format."""
     out: str
     """The folder to write."""
+    latents: str = ""
+    """Latents to write, for html: 1,5,7-20. Empty: all."""
+
+    def __post_init__(self) -> None:
+        if self.latents and self.to != "html":
+            raise UserError("--latents is for --to html", f"--to {self.to}", "leave it out")
 
 
 def _above_zero(options: Any, *names: str) -> None:

@@ -198,6 +198,22 @@ def write_table(path: Path, table: pa.Table, *, rows_per_group: int = 65536) -> 
     )
 
 
+def find_index(source: Path | str) -> Path:
+    """The feature index of a dictionary of a run, or the folder itself where it is a site's index.
+
+    Raises UserError when there is none, with what to do.
+    """
+    source = Path(source)
+    run = source.parent.parent if source.parent.name == "sites" else None
+    folder = source if run is None else run / "index" / source.name
+    if not (folder / MANIFEST).is_file():
+        do = f"`jumpscope index {run or 'RUN'}` makes it"
+        if run is None:
+            do = f"give RUN/sites/SITE, or the site's folder in an index; {do}"
+        raise UserError("this export needs a feature index", f"no {MANIFEST} in {folder}", do)
+    return folder
+
+
 def read_manifest(folder: Path, *, finished: bool = True) -> dict[str, Any]:
     """The manifest of a site's whole index. Raises UserError naming what is missing, torn, old or too new.
 
