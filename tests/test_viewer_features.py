@@ -140,7 +140,8 @@ def test_a_search_keeps_its_order_and_reasons_through_filters(run):
     assert shown.rows["why"].tolist() == [why[place] for place in of(shown.rows)]
     one = run.browse(Choice(sort="score", site=SITES[1]), found, rows=1000).rows
     assert of(one) == [place for place in of(shown.rows) if place[0] == SITES[1]]
-    assert of(run.find(text=words, sites=[SITES[1]], limit=1000)) == of(one)
+    # how rare a word is weighs by the sites that are searched, so the order may be another one
+    assert set(of(run.find(text=words, sites=[SITES[1]], limit=1000))) == set(of(one))
 
 
 def test_labels_of_ones_own_are_found_sorted_and_forgotten(tmp_path):

@@ -198,6 +198,18 @@ class Run(LiveCalls):
             names=names, site=name, cosine=cosine,
         )  # fmt: skip
 
+    def warm(self) -> None:
+        """Reads what searching and following need of all sites, so that the first of them is quick, too."""
+        with contextlib.suppress(UserError, OSError):
+            _ = self.index.strings.by_word
+        for name in self.indexed:
+            # what is torn is told where it is asked for
+            with contextlib.suppress(UserError, OSError):
+                self.index.site(name).warm()
+                self.index.decoder_norm(name)
+        with contextlib.suppress(UserError, OSError):
+            self.browse(Choice(sort="token"))
+
     def sql(self, statement: str) -> pd.DataFrame:
         """The answer to a SELECT over latents, examples, drivers, related, tokens and labels.
 

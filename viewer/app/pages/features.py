@@ -1,5 +1,6 @@
 """All features: a table to sort and filter, and the search by words, token and label, through all layers."""
 
+import html
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -50,7 +51,13 @@ def show(run: Run) -> None:
     if not len(found.rows) and page > 1:
         page = max(1, math.ceil(found.total / PAGE))
         found = run.browse(choice, among, start=(page - 1) * PAGE, rows=PAGE)
-    st.html(table_html(asked, choice, found, page, run))
+    if asked["q"] and asked["by"] == "words":
+        where = html.escape(address("prompt", text=asked["q"]))
+        st.html(
+            f'<p class="js-note"><a href="{where}" target="_self" data-js-link>Read it with the model</a> '
+            "to see which features fire on it, layer by layer.</p>"
+        )
+    st.html(table_html(asked, choice, found, page))
 
 
 def read_address(run: Run) -> dict[str, str]:
@@ -112,7 +119,7 @@ def search(run: Run, asked: dict[str, str]) -> pd.DataFrame | None:
     return _by_token(run, text, sites) if asked["by"] == "token" else None
 
 
-def table_html(asked: dict[str, str], choice: Choice, found: Found, page: int, run: Run) -> str:
+def table_html(asked: dict[str, str], choice: Choice, found: Found, page: int) -> str:
     """The table between the ways to its other pages, or what to try where it is empty."""
     links = feature_html.Links(
         feature=lambda site, latent: address("feature", site=site, latent=latent),
