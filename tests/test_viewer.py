@@ -15,7 +15,7 @@ from sae import UserError
 from viewer.app import launch
 
 APP = Path(viewer.__file__).resolve().parent / "app" / "main.py"
-OVERVIEW, FEATURE = APP.parent / "pages" / "overview.py", APP.parent / "pages" / "feature.py"
+OVERVIEW, FEATURE = APP.parent / "views" / "overview.py", APP.parent / "views" / "feature.py"
 
 
 @pytest.fixture(scope="module")
