@@ -75,17 +75,21 @@ def query_of(tab):
 
 
 def at(tab, target, timeout=30_000):
-    """Waits until the address is that of a link, with at least what the link names."""
+    """Waits until the address is that of a link, with at least what the link names; whether it came to be."""
     parts = urlsplit(target)
     path = "/" if parts.path in (".", "") else f"/{parts.path.strip('/')}"
     wanted = parse_qsl(parts.query, keep_blank_values=True)
-    tab.wait_for_function(
-        "([path, wanted]) => location.pathname === path && wanted.every(([name, value]) =>"
-        " new URLSearchParams(location.search).get(name) === value)",
-        arg=[path, wanted],
-        timeout=timeout,
-    )
+    try:
+        tab.wait_for_function(
+            "([path, wanted]) => location.pathname === path && wanted.every(([name, value]) =>"
+            " new URLSearchParams(location.search).get(name) === value)",
+            arg=[path, wanted],
+            timeout=timeout,
+        )
+    except TimeoutError:
+        return False
     settled(tab)
+    return True
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -102,14 +106,12 @@ def test_every_kind_of_link_leads_where_it_says_and_back(tab, page):
             ".find(link => link.getAttribute('href') === target).click()",
             target,
         )
-        at(tab, target)
+        assert at(tab, target), (target, tab.url)
         tab.go_back()
-        try:
-            at(tab, shown, timeout=5_000)
-        except TimeoutError:
+        if not at(tab, shown, timeout=5_000):
             # a page that completes its address leaves two entries
             tab.go_back()
-            at(tab, shown)
+            assert at(tab, shown), (target, shown, tab.url)
 
 
 def test_back_forward_and_reload_keep_what_is_shown(tab, folders):
@@ -148,19 +150,19 @@ def test_a_walk_with_the_keyboard_alone(tab):
     settled(tab)
     to("a[href^=compare]")
     tab.keyboard.press("Enter")
-    at(tab, "compare?run=mine")
+    assert at(tab, "compare?run=mine")
     to("[role=slider], input[type=range]")
     tab.keyboard.press("ArrowLeft")
-    at(tab, "compare?cosine=0.65")
+    assert at(tab, "compare?cosine=0.65")
     to(".js-tabs a:last-child")
     tab.keyboard.press("Enter")
-    at(tab, "compare?show=merged")
+    assert at(tab, "compare?show=merged")
     to(".js-head a[href^=features]")
     tab.keyboard.press("Enter")
-    at(tab, "features?run=mine")
+    assert at(tab, "features?run=mine")
     to("a[href^='feature?']")
     tab.keyboard.press("Enter")
-    at(tab, "feature?run=mine")
+    assert at(tab, "feature?run=mine")
 
 
 @pytest.mark.parametrize("page", PAGES)
