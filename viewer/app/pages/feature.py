@@ -101,8 +101,10 @@ def show_feature(run: Run, feature: Feature) -> None:
     # last, because it reads every decoder: the page is there by now, and has kept its place
     strip.html(feature_html.strip_html(feature, run.sites, _follow(run, feature), links))
     st.subheader("Try it")
-    live_widgets.try_text(run, feature)
-    live_widgets.steer_box(run, feature)
+    # asked once here: each box would tell on its own that the model is not there
+    if live_widgets.ready(run) is not None:
+        live_widgets.try_text(run, feature)
+        live_widgets.steer_box(run, feature)
     copy_links()
 
 

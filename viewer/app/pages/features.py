@@ -1,5 +1,6 @@
 """All features: a table to sort and filter, and the search by words, token and label, through all layers."""
 
+import contextlib
 import html
 import math
 from collections.abc import Mapping
@@ -149,13 +150,12 @@ def table_html(asked: dict[str, str], choice: Choice, found: Found, page: int) -
 
 
 def _by_token(run: Run, text: str, sites: list[str] | None) -> pd.DataFrame:
-    """By a token as it reads; without a space in front, also as the start of a word."""
-    try:
-        return run.find(token=text, sites=sites, limit=MOST)
-    except UserError:
-        if text.startswith(" "):
-            raise
-        return run.find(token=f" {text}", sites=sites, limit=MOST)
+    """By a token as it reads; where the text has none such, also with a space in front or a capital."""
+    bare = text.strip(" ")
+    for spelled in dict.fromkeys((text, f" {bare}", f" {bare.capitalize()}", bare.capitalize())):
+        with contextlib.suppress(UserError):
+            return run.find(token=spelled, sites=sites, limit=MOST)
+    return run.find(token=text, sites=sites, limit=MOST)
 
 
 def _choice(asked: dict[str, str]) -> Choice:
