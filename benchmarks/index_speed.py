@@ -8,18 +8,21 @@ brackets, all processors' together: where others compute too, only those mean mu
 rounds of index over harvest plus products. The last line is JSON.
 
     python benchmarks/index_speed.py [--layers 0,6,12,17] [--width 16384] [--tokens 8192] [--rounds 1]
-                                     [--other FOLDER]
+                                     [--other FOLDER] [--features 256]
 
-`--other` is a folder into which `pip install --target` put SAEDashboard: the first site's dictionary is then
-shown to it too, with the same tokens and `--features` of its latents, and both times are given per latent.
+`--other` is a folder into which `pip install --target` put SAEDashboard 0.8: the last site's dictionary is then
+given to it too, with the same text and the first `--features` of its latents (its own default minibatch), once
+with the activations still to be computed and once with them in its cache, and times are given per latent.
 """
 
 import argparse
+import copy
 import json
 import platform
 import resource
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +55,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--parts", default="harvest,products,index,bare", help="which to time")
+    parser.add_argument("--other", default="", help="a folder that holds SAEDashboard")
+    parser.add_argument("--features", type=int, default=256, help="latents that SAEDashboard is asked for")
     return parser.parse_args()
 
 
@@ -123,6 +128,26 @@ def index(text: Text, dictionaries: dict[str, JumpReLU], *, logits: bool) -> int
         shutil.rmtree(folder)
 
 
+def dashboard(text: Text, site: str, dictionary: JumpReLU, cache: Path) -> None:
+    """SAEDashboard's data for some latents of one site; what it computed of the model stays in `cache`."""
+    sys.path.append(text.args.other)
+    from sae_dashboard.sae_vis_data import (  # pyright: ignore[reportMissingImports]
+        SaeVisConfig,
+    )
+    from sae_dashboard.sae_vis_runner import (  # pyright: ignore[reportMissingImports]
+        SaeVisRunner,
+    )
+
+    tokens = torch.cat([batch.tokens for batch in text.blocks(Cursor())]).long()
+    cfg = SaeVisConfig(
+        hook_point=site, features=range(text.args.features), device=str(text.model.device), cache_dir=cache
+    )
+    # it folds norms in place
+    SaeVisRunner(cfg).run(
+        encoder=copy.deepcopy(dictionary).to_saelens(), model=text.model.bridge, tokens=tokens
+    )
+
+
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, float, Any]:
     """Seconds of the clock, of all processors, and what the work returned."""
 
@@ -165,6 +190,15 @@ def main() -> None:
             taken.append((clock, processors))
             n_bytes = found or n_bytes
             print(f"{name:9} {clock:8.1f} s ({processors:8.1f})", flush=True)
+    if args.other:
+        with tempfile.TemporaryDirectory() as cache:
+            for name in ("dashboard", "dashboard_cached"):
+                site = sites[-1]
+                clock, processors, _ = timed(
+                    lambda site=site: dashboard(text, site, dictionaries[site], Path(cache)), model.device
+                )
+                seconds[name] = [(clock, processors)]
+                print(f"{name:9} {clock:8.1f} s ({processors:8.1f})", flush=True)
     medians = {
         name: [statistics.median(pair[n] for pair in taken) for n in range(2)]
         for name, taken in seconds.items()
@@ -180,6 +214,13 @@ def main() -> None:
         "device": str(model.device),
         "machine": platform.machine(),
     }
+    latents = {
+        "index": args.width * len(sites),
+        "dashboard": args.features,
+        "dashboard_cached": args.features,
+    }
+    for name in medians.keys() & latents.keys():
+        result[f"{name}_cpu_ms_per_latent"] = round(1e3 * medians[name][1] / latents[name], 2)
     if {"harvest", "products"} <= medians.keys():
         for n, unit in enumerate(("s", "cpu_s")):
             whole = medians["harvest"][n] + medians["products"][n]

@@ -101,6 +101,7 @@ def measure(url: str, arguments: argparse.Namespace) -> dict[str, dict[str, floa
                 raise SystemExit(f"nothing new was drawn: {tab.locator('body').inner_text()[:400]}")
             # a person looks before the next click; the strip of layers comes meanwhile
             tab.wait_for_timeout(400)
+            print(f"{kind} {took:.0f} ms", file=sys.stderr)
             return took
 
         def link(selector: str) -> Callable[[], object]:

@@ -1,5 +1,7 @@
 """Sums and searches over a vocabulary in 8-bit integers, against their plain definitions in float64."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -175,11 +177,20 @@ def test_the_most_extreme_are_kept(rows, columns, size):
     count = 5
     values = np.full((rows, 2, count), -np.inf, np.float32)
     ids = np.zeros((rows, 2, count), np.int64)
+    cubes, histogram = np.zeros(rows), np.zeros((rows, 5), np.int32)
+    per_bin = np.full(rows, 2.0 ** (1 - size.bit_length()), np.float32)  # exact, however it is rounded
     for first in range(0, 3 * columns, columns):
         span = slice(first, first + columns)
         room = np.full(columns, np.nan, np.float32)
-        keep_extremes(np.ascontiguousarray(products[:, span]), scale[span], first, values, ids, room)
+        tile = np.ascontiguousarray(products[:, span])
+        keep_extremes(
+            tile, scale[span], first, values, ids, room, 0, 10, 7, per_bin, cubes, histogram
+        )  # fmt: skip
     scores = products * scale
+    np.testing.assert_allclose(cubes, (scores.astype(np.float64) ** 3).sum(1), rtol=1e-3, atol=1e-3 * size**3)
+    counted = scores[:, np.arange(3 * columns) % columns % 10 < 7] * per_bin[:, None] + np.float32(2.5)
+    bins = np.clip(counted.astype(np.int32), 0, 4)
+    assert histogram.tolist() == [np.bincount(row, minlength=5).tolist() for row in bins]
     n = min(count, 3 * columns)
     for side, signed in enumerate((scores, -scores)):
         assert values[:, side, :n].tolist() == (-np.sort(-signed, axis=1))[:, :n].tolist()
@@ -199,18 +210,19 @@ def test_a_search_in_integers_finds_what_a_search_in_floats_finds(monkeypatch, c
     again = []
     plain = lens._top
     monkeypatch.setattr(lens, "_top", lambda read, *rest: again.append(len(read)) or plain(read, *rest))
-    expected_ids, expected = top_logits(end, directions)
+    expected = top_logits(end, directions)
     again.clear()
-    ids, logits = top_logits(end, directions, vocabulary=Int8Vocabulary.of(end))
-    assert torch.equal(ids, expected_ids)
-    torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
+    by_int8 = dataclasses.replace(lens.Vocabulary.of(end), int8=Int8Vocabulary.of(end))
+    found = top_logits(end, directions, vocabulary=by_int8)
+    assert found.ids.tolist() == expected.ids.tolist()
+    np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-6, atol=1e-6)
     assert bool(again) == crowded
 
 
 def test_a_search_in_integers_is_for_many_directions_and_a_large_vocabulary(monkeypatch):
     monkeypatch.setattr(lens, "int8_is_fast", lambda device: True)
-    assert lens.search_vocabulary(End(), 10**6) is None
-    assert lens.search_vocabulary(End(d_vocab=40_000), 10) is None
-    assert lens.search_vocabulary(End(d_vocab=40_000), 10**6) is not None
+    assert lens.Vocabulary.of(End(), 10**6).int8 is None
+    assert lens.Vocabulary.of(End(d_vocab=40_000), 10).int8 is None
+    assert lens.Vocabulary.of(End(d_vocab=40_000), 10**6).int8 is not None
     monkeypatch.setattr(lens, "int8_is_fast", lambda device: False)
-    assert lens.search_vocabulary(End(d_vocab=40_000), 10**6) is None
+    assert lens.Vocabulary.of(End(d_vocab=40_000), 10**6).int8 is None

@@ -158,6 +158,14 @@ class RunFolder:
                     ) from error
         return pd.DataFrame(rows)
 
+    def metrics_stamp(self) -> tuple[int, int]:
+        """What changes when metrics.jsonl does: its time and its bytes."""
+        path = self.path / METRICS
+        if not path.is_file():
+            return 0, 0
+        status = path.stat()
+        return status.st_mtime_ns, status.st_size
+
     def write_eval(self, table: Mapping[str, Mapping[str, Any]]) -> None:
         """Writes eval.json: {site: {metric: value}}."""
         write_json(self.path / EVAL, table)

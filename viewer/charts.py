@@ -12,6 +12,8 @@ from viewer.markup import readable
 
 TEAL, AMBER, GREY = "#0d8275", "#c46a12", "#8a8f98"
 _SERIES = (TEAL, AMBER, "#7a5ab8", "#3b78c2", "#b5476b")
+_POINTS = 400
+"""Of a line: a browser draws some ten thousand points at once, and a screen has no more columns."""
 # by layer, early to late; light and dark ends stay visible on white and on near black
 _DEPTH = ((59, 120, 194), (13, 130, 117), (196, 106, 18))
 
@@ -72,46 +74,17 @@ def cosines(values: dict[str, Float[np.ndarray, " latent"]]) -> go.Figure:
     return _plain(figure, 300, top=40)
 
 
-def by_layer(
-    overview: pd.DataFrame, metrics: dict[str, str], *, title: str, error: str = "", percent: bool = False
-) -> go.Figure:
-    """Metrics (column to name) by layer, a line a kind of site; `error` is a standard error's column."""
-    figure = go.Figure()
-    kinds = list(overview["kind"].unique())
-    for number, (metric, name) in enumerate(metrics.items()):
-        for place, kind in enumerate(kinds):
-            rows = overview.loc[overview["kind"] == kind].sort_values(by="layer")
-            label = name if len(kinds) == 1 else f"{kind} {name}"
-            bars = (
-                {"type": "data", "array": rows[error], "thickness": 1.5, "width": 3}
-                if error in rows
-                else None
-            )
-            figure.add_scatter(
-                x=rows["layer"],
-                y=rows[metric],
-                name=label,
-                mode="lines+markers",
-                error_y=bars,
-                line={"color": _SERIES[(number + place * len(metrics)) % len(_SERIES)], "width": 2},
-                marker={"size": 7, "symbol": ("circle", "diamond", "square", "x")[number % 4]},
-            )
-    figure.update_xaxes(title="layer", dtick=1 if len(set(overview["layer"])) < 10 else 2)
-    figure.update_yaxes(rangemode="tozero", tickformat=".0%" if percent else None)
-    figure.update_layout(
-        title={"text": title, "font": {"size": 15}}, showlegend=len(kinds) * len(metrics) > 1
-    )
-    return _plain(figure, 270, top=40)
-
-
 def curves(metrics: pd.DataFrame, metric: str, labels: dict[str, str]) -> go.Figure:
-    """A metric over training, a line a site, coloured from early to late layers."""
+    """A metric over training, a line a site, coloured from early to late layers, of up to _POINTS steps."""
     figure = go.Figure()
-    sites = [site for site in labels if site in set(metrics["site"])]
+    by_site = dict(tuple(metrics.dropna(subset=[metric]).groupby("site")))
+    sites = [site for site in labels if site in by_site]
     for place, site in enumerate(sites):
-        rows = metrics.loc[metrics["site"] == site].dropna(subset=[metric])
+        rows = by_site[site]
+        shown = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _POINTS)).astype(int))
         figure.add_scatter(
-            x=rows["step"], y=rows[metric], name=labels[site], mode="lines",
+            x=rows["step"].to_numpy()[shown], y=rows[metric].to_numpy()[shown],
+            name=labels[site], mode="lines",
             line={"color": _between(place / max(1, len(sites) - 1)), "width": 1.5},
         )  # fmt: skip
     figure.update_xaxes(title="step")

@@ -32,7 +32,7 @@ STYLE = """<style>
 .js-two{display:grid;grid-template-columns:minmax(0,1.7fr) minmax(17rem,1fr);gap:0 3rem}
 @media(max-width:900px){.js-two{grid-template-columns:minmax(0,1fr)}}
 .js-f h2,.js-strip h2{font-size:1rem;font-weight:600;padding:0;margin:1.2rem 0 .3rem;letter-spacing:0}
-.js-two>*>h2:first-child{margin-top:.2rem}
+.js-two>*>h2:first-child{margin-top:.2rem} .js-strip h2{margin-top:0}
 .js-none{margin:0;padding:.5rem 0 .5rem 1.1rem;font-size:.9rem;opacity:.75}
 .js-band{border-bottom:1px solid rgba(128,128,128,.25)} .js-band>summary{cursor:pointer;padding:.5rem 0;
   font-size:.9rem;font-variant-numeric:tabular-nums}

@@ -3,6 +3,8 @@
 run = viewer.open("runs/demo");  run.layer(9)[123];  run.find(token=" Paris");  run.sql("select ...")
 """
 
+import contextlib
+import functools
 import html
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from viewer import find, markup
 from viewer.catalogue import Catalogue, Choice, Found
 from viewer.compare import Comparison, compare
 from viewer.features import Feature, Site
+from viewer.health import NUMBERS, site_health
 from viewer.index.storage import MANIFEST, TEXTS
 from viewer.live.calls import LiveCalls
 from viewer.once import Kept
@@ -53,6 +56,8 @@ class Run(LiveCalls):
         """None where there is an index and no run."""
         self.index = IndexFolder(index, path)
         self._sites: Kept[Site] = Kept()
+        self._log: Kept[pd.DataFrame] = Kept()
+        self._health: Kept[dict[str, Any]] = Kept()
         self._catalogue: Kept[Catalogue] = Kept()
 
     @property
@@ -193,6 +198,18 @@ class Run(LiveCalls):
             names=names, site=name, cosine=cosine,
         )  # fmt: skip
 
+    def warm(self) -> None:
+        """Reads what searching and following need of all sites, so that the first of them is quick, too."""
+        with contextlib.suppress(UserError, OSError):
+            _ = self.index.strings.by_word
+        for name in self.indexed:
+            # what is torn is told where it is asked for
+            with contextlib.suppress(UserError, OSError):
+                self.index.site(name).warm()
+                self.index.decoder_norm(name)
+        with contextlib.suppress(UserError, OSError):
+            self.browse(Choice(sort="token"))
+
     def sql(self, statement: str) -> pd.DataFrame:
         """The answer to a SELECT over latents, examples, drivers, related, tokens and labels.
 
@@ -208,18 +225,58 @@ class Run(LiveCalls):
         table = self.folder.eval_table() if self.folder else {}
         rows = [{"site": s, "layer": layer_of(s), "kind": kind_of(s), **table.get(s, {})} for s in self.sites]
         frame = pd.DataFrame(rows)
-        return frame.reindex(columns=[*frame.columns, *(m for m in _METRICS if m not in frame)])
+        frame = frame.reindex(columns=[*frame.columns, *(m for m in _METRICS if m not in frame)])
+        # what is null in eval.json is no number
+        return frame.assign(**{m: pd.to_numeric(frame[m], errors="coerce") for m in _METRICS})
+
+    def health(self) -> pd.DataFrame:
+        """A row a site: site, layer, kind, the numbers of `viewer.health.site_health`, and trouble.
+
+        trouble says why a site's index cannot be read, and is "" where it can; its numbers are NaN, and its
+        `density` None. So one torn index hides no other.
+        """
+        rows, have = [], set(self.index.sites())
+        for site in self.sites:
+            row: dict[str, Any] = {"site": site, "layer": layer_of(site), "kind": kind_of(site)}
+            try:
+                tables = self.index.site(site)
+                row |= self._health.get(site, tables, functools.partial(site_health, tables))
+                trouble = ""
+            except UserError as error:
+                trouble = str(error) if site in have else "no index"
+            rows.append({**row, "trouble": trouble})
+        return pd.DataFrame(rows).reindex(columns=["site", "layer", "kind", *NUMBERS, "density", "trouble"])
 
     def curves(self) -> pd.DataFrame:
         """The training log: a row per logging step and site. Empty when nothing was logged."""
-        return self.folder.metrics() if self.folder else pd.DataFrame()
+        if not self.folder:
+            return pd.DataFrame()
+        return self._log.get(None, self.folder.metrics_stamp(), self.folder.metrics).copy()
+
+    def last_step(self) -> pd.DataFrame:
+        """The last row of the training log of each site, with layer and kind. Empty as `curves`."""
+        log = self.curves()
+        if log.empty or not {"step", "site"} <= set(log.columns):
+            return pd.DataFrame()
+        last = log.groupby("site").last()
+        rows = [{"site": s, "layer": layer_of(s), "kind": kind_of(s)} for s in self.sites if s in last.index]
+        return pd.DataFrame(rows).join(last, on="site")
 
     def config(self) -> dict[str, Any]:
         """The training config; without a run, the model and corpus of the index."""
         if self.folder:
             return self.folder.config()
-        manifest = self.index.site(self.sites[0]).manifest
-        return {key: manifest[key] for key in ("model", "corpus") if key in manifest}
+        for site in self.sites:
+            # one torn site must not hide what the others say
+            with contextlib.suppress(UserError):
+                manifest = self.index.site(site).manifest
+                return {key: manifest[key] for key in ("model", "corpus") if key in manifest}
+        return {}
+
+    @property
+    def model_name(self) -> str:
+        """The language model whose activations its dictionaries read."""
+        return self.config().get("model") or self.dictionary(self.sites[0]).cfg.model
 
     def state(self) -> str:
         """`running`, `done`, `stopped: why`, `failed: why`, or `index only`."""

@@ -206,6 +206,17 @@ class SiteTables:
         table = table.filter(pc.field("kind") == "cosine")
         return {name: table[name].to_numpy() for name in ("latent", "other", "value")}
 
+    def warm(self) -> None:
+        """Reads all that a search reads."""
+        _ = (
+            self.folded_labels,
+            self.all_drivers,
+            self.top_driver,
+            self.top_examples,
+            self.raised,
+            self.scalars,
+        )
+
 
 class IndexFolder:
     """The index of several sites, and what lies in the folder that it belongs to: labels, dictionaries."""

@@ -1,6 +1,8 @@
 """`jumpscope view RUN...`."""
 
 import ipaddress
+import socket
+from collections.abc import Sequence
 
 import viewer
 from train.cli.console import say
@@ -19,15 +21,21 @@ def serve(options: ViewOptions) -> None:
     """Says where the viewer is and who can reach it, and runs it."""
     for path in options.runs:
         viewer.open(path)  # refuses before anything is said
-    here = _is_local(options.address)
-    host = "localhost" if here else options.address
-    reach = "" if here else " Every machine that reaches this address can read your runs and change labels."
-    say(f"The viewer of {', '.join(options.runs)}: http://{host}:{options.port} (Ctrl-C ends it).{reach}")
+    say(where(options.address, options.port, options.runs))
     launch(options.runs, port=options.port, headless=options.headless, address=options.address)
 
 
-def _is_local(address: str) -> bool:
+def where(address: str, port: int, runs: Sequence[str]) -> str:
+    """What a user is told: where the viewer is, and who can reach it when that is not only themselves."""
     try:
-        return ipaddress.ip_address(address).is_loopback
+        ip = ipaddress.ip_address(address)
+        local, anywhere = ip.is_loopback, ip.is_unspecified
     except ValueError:
-        return address == "localhost"
+        local, anywhere = address == "localhost", False
+    host = "localhost" if local and ":" not in address else socket.gethostname() if anywhere else address
+    host = f"[{host}]" if ":" in host else host
+    text = f"The viewer of {', '.join(runs)}: http://{host}:{port} (Ctrl-C ends it)."
+    if local:
+        return text
+    machines = "on any network of this one" if anywhere else f"that can reach {address}"
+    return f"{text} It has no password: every machine {machines} can read these runs and change labels."

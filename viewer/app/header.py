@@ -9,6 +9,8 @@ from viewer import markup
 from viewer.app.shell import PAGES, address, current, open_run, run_paths
 
 STYLE = """<style>
+.stMainBlockContainer{padding-top:.75rem!important} .stAppHeader{height:2.75rem;min-height:0;
+  background:none;pointer-events:none} .stAppHeader *{pointer-events:auto}
 .js-head{display:flex;flex-wrap:wrap;align-items:baseline;gap:.25rem 1.5rem;min-height:2.4rem;
   border-bottom:1px solid rgba(128,128,128,.3);padding-right:2.5rem}
 .js-head nav{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;flex:1 1 auto}
@@ -25,6 +27,8 @@ STYLE = """<style>
 a[data-js-link]:focus-visible,summary:focus-visible,[tabindex]:focus-visible{
   outline:2px solid rgb(20,150,130);outline-offset:2px;border-radius:3px}
 @media(max-width:40rem){.js-runs{flex-basis:100%} .js-runs ul{right:auto;left:0}}
+.js-section{font-size:1.3rem;font-weight:600;margin:1.75rem 0 .75rem;padding:0}
+section+.js-scroll{margin-top:1.75rem}
 </style>"""
 _LONGEST_STATE = 40
 
@@ -34,7 +38,7 @@ def header(shown: str) -> None:
     links = "".join(
         _link(name.capitalize(), address(name), "page" if name == shown else "") for name in PAGES
     )
-    st.html(f'{STYLE}<div class="js-head"><nav aria-label="Pages">{links}</nav>{_runs(shown)}</div>')
+    st.html(f'{STYLE}<div class="js-head"><nav aria-label="Main">{links}</nav>{_runs(shown)}</div>')
 
 
 def _runs(shown: str) -> str:

@@ -8,22 +8,28 @@ from viewer.features import Feature
 
 LONGEST_LABEL, LONGEST_NOTES = 200, 10_000
 _FIELDS = ("label", "notes")
+_OPEN, _SEEN = "labels open", "labels seen"
 
 
-def begin() -> None:
-    """Forgets what an earlier dialog showed. For the button that opens one."""
-    st.session_state.pop("editing", None)
-
-
-@st.dialog("Label and notes")
-def edit(feature: Feature) -> None:
-    """Two boxes and what is there now."""
-    key = f"{feature.site.index.home}/{feature.site.name}/{feature.latent}"
+def begin(feature: Feature) -> None:
+    """Opens the dialog of a feature with what is there now. For a button's callback."""
     now = _now(feature)
     # what this person saw when the dialog opened: only what they changed since is written
-    if st.session_state.get("editing") != key:
-        st.session_state.update(editing=key, seen=now, **{f"edit_{field}": now[field] for field in _FIELDS})
-    seen = st.session_state["seen"]
+    st.session_state.update({_OPEN: _key(feature), _SEEN: now} | {f"edit_{f}": now[f] for f in _FIELDS})
+
+
+def dialog(feature: Feature) -> None:
+    """Draws the dialog where it is open for this feature."""
+    if st.session_state.get(_OPEN) == _key(feature):
+        _edit(feature)
+
+
+def _end() -> None:
+    st.session_state.pop(_OPEN, None)
+
+
+@st.dialog("Label and notes", on_dismiss=_end)
+def _edit(feature: Feature) -> None:
     with st.form("edit", border=False):
         st.text_input("Label", key="edit_label", max_chars=LONGEST_LABEL, placeholder=feature.automatic_label)
         st.text_area("Notes", key="edit_notes", max_chars=LONGEST_NOTES, height=160)
@@ -31,15 +37,16 @@ def edit(feature: Feature) -> None:
     st.caption("Kept in the run folder. An empty label brings back the automatic one.")
     if not pressed:
         return
+    seen, now = st.session_state[_SEEN], _now(feature)
     wanted = {field: str(st.session_state[f"edit_{field}"] or "").strip() for field in _FIELDS}
     changed = [field for field in _FIELDS if wanted[field] != seen[field]]
     crossed = [field for field in changed if now[field] not in (seen[field], wanted[field])]
+    for field in crossed:
+        theirs = repr(now[field]) if now[field] else "nothing"
+        st.warning(plain(f"Meanwhile someone made this {field} {theirs}. Save again to put yours there."))
     if crossed:
-        for field in crossed:
-            st.warning(
-                plain(f"Meanwhile someone wrote this {field}: {now[field]!r}. Save again to put yours there.")
-            )
-        st.session_state["seen"] = now
+        # the others stay as they were seen, so that boxes nobody touched here write nothing
+        st.session_state[_SEEN] = seen | {field: now[field] for field in crossed}
         return
     try:
         for field in changed:
@@ -47,8 +54,12 @@ def edit(feature: Feature) -> None:
     except UserError as error:
         st.error(plain(str(error)))
         return
-    del st.session_state["editing"]
+    _end()
     st.rerun()
+
+
+def _key(feature: Feature) -> str:
+    return f"{feature.site.index.home}/{feature.site.name}/{feature.latent}"
 
 
 def _now(feature: Feature) -> dict[str, str]:

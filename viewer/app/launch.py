@@ -1,7 +1,9 @@
 """Starts the viewer's server."""
 
+import errno
 import ipaddress
 import socket
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,14 +46,22 @@ def launch(
     -m streamlit` would let a train.py in the current folder stand in front of our package. Raises UserError
     when one of `paths` is neither a run folder nor an index, or the port is taken.
     """
-    found = [str(runs.open(path).path.resolve()) for path in paths]
+    found = [runs.open(path).path.resolve() for path in paths]
     _check_port(address, port)
     # Streamlit takes most of a second to import, and only a viewer needs it
+    from streamlit.runtime.pages_manager import PagesManager
     from streamlit.web import bootstrap
 
+    from viewer.app import shell
+
+    # until main.py has run once, Streamlit would take the folder `pages` beside it for its older kind of app,
+    # and an address of a page would show it without the rest
+    PagesManager.uses_pages_directory = False
+
+    threading.Thread(target=shell.warm, args=(found,), daemon=True).start()
     flags = options(port=port, headless=headless, address=address)
     bootstrap.load_config_options(flags)
-    bootstrap.run(str(APP), False, found, flags)
+    bootstrap.run(str(APP), False, [str(path) for path in found], flags)
 
 
 def options(*, port: int, headless: bool, address: str) -> dict[str, Any]:
@@ -62,6 +72,9 @@ def options(*, port: int, headless: bool, address: str) -> dict[str, Any]:
         "server.headless": headless,
         "server.fileWatcherType": "none",
         "server.showEmailPrompt": False,
+        "runner.magicEnabled": False,
+        "logger.level": "warning",
+        "logger.hideWelcomeMessage": True,
         "browser.gatherUsageStats": False,
         "client.toolbarMode": "viewer",
         "client.showErrorDetails": "none",
@@ -73,16 +86,26 @@ def options(*, port: int, headless: bool, address: str) -> dict[str, Any]:
 
 
 def _check_port(address: str, port: int) -> None:
-    must, do = "the viewer's address must be free", "choose another --port"
     if not 0 < port < 65536:
-        raise UserError("the port must be from 1 to 65535", str(port), do)
+        raise UserError("the port must be from 1 to 65535", str(port), "choose another --port")
     try:
         family = socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET
     except ValueError:
         family = socket.AF_INET
+    must, do = "the viewer must be able to listen where it is told to", "choose another --port or --address"
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((address, port))
         except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                must = "the viewer's port must be free"
+                free = _free_port(family, address)
+                do = f"open what runs there, or choose another, for instance --port {free}"
             raise UserError(must, f"{address}:{port}: {error.strerror}", do) from error
+
+
+def _free_port(family: socket.AddressFamily, address: str) -> int:
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((address, 0))
+        return probe.getsockname()[1]

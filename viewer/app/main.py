@@ -27,6 +27,7 @@ st.session_state["pages"] = pages
 # the header has the links: Streamlit's own would forget the run
 page = st.navigation(list(pages.values()), position="hidden")
 st.set_page_config(page_title=f"{page.title} · {current()} · jumpscope", page_icon=ICON, layout="wide")
-follow_links()
-header(next(name for name in pages if pages[name] is page))
+shown = next(name for name in pages if pages[name] is page)
+follow_links(shown)
+header(shown)
 page.run()

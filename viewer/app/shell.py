@@ -1,7 +1,9 @@
 """What the viewer's pages share: which runs are shown, how addresses name things, how trouble is told."""
 
+import contextlib
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode
@@ -12,12 +14,21 @@ from streamlit.components.v2 import component
 from sae.errors import UserError
 from train.run_folder import EVAL, RUN
 from viewer import markup, runs
+from viewer.app import background
 from viewer.index.storage import MANIFEST, TEXTS
 from viewer.once import Kept
 
-PAGES = {"overview": "", "features": "features", "feature": "feature", "compare": "compare"}
+PAGES = {
+    "overview": "",
+    "features": "features",
+    "feature": "feature",
+    "prompt": "prompt",
+    "steer": "steer",
+    "compare": "compare",
+}
 """Pages by name, as modules and in addresses: the overview is what an address without a page shows."""
 _RUNS: Kept[runs.Run] = Kept()
+_READY: Kept[threading.Thread] = Kept()
 _STAMPED = (RUN, EVAL, f"index/{TEXTS}/{MANIFEST}", f"{TEXTS}/{MANIFEST}")
 
 # A link has an address, so that it can be copied and opened in another tab; a plain click is told to Python
@@ -108,14 +119,19 @@ def go(page: str, /, **parameters: object) -> None:
     st.switch_page(st.session_state["pages"][page], query_params=query)
 
 
-def follow_links() -> None:
-    """Makes links with `data-js-link` fast. Once in a script, before the page is drawn."""
+def follow_links(shown: str) -> None:
+    """Makes links with `data-js-link` fast. Once in a script, before `shown`, a page of PAGES, is drawn."""
     clicked = _links()(key="links", on_to_change=lambda: None).to
     if clicked:
         page, _, query = clicked.partition("?")
         names = {where or ".": name for name, where in PAGES.items()}
         if page in names:
-            go(names[page], **dict(parse_qsl(query, keep_blank_values=True)))
+            parameters = dict(parse_qsl(query, keep_blank_values=True))
+            if names[page] == shown:
+                # this very run of the script can draw it: to switch would begin another
+                st.query_params.from_dict(parameters)
+            else:
+                go(names[page], **parameters)
 
 
 def copy_links() -> None:
@@ -130,7 +146,11 @@ def render(show: Callable[[runs.Run], None]) -> None:
     if asked is not None and asked not in known:
         st.warning(plain(f"This viewer has no run {asked[:80]!r}. It has {', '.join(known)}."))
     try:
-        show(open_run(current()))
+        run = open_run(current())
+        show(run)
+        # loaded from the first visit on, but after the page
+        background.resident(run)
+        _READY.get(run.path, run, lambda: _start(run.warm))
     except UserError as error:
         st.error(plain(str(error)), icon=":material/error:")
     except OSError as error:
@@ -140,7 +160,24 @@ def render(show: Callable[[runs.Run], None]) -> None:
 
 def open_run(name: str) -> runs.Run:
     """One of the viewer's runs, opened once and again when it was written anew."""
-    path = run_paths()[name]
+    return _open(run_paths()[name])
+
+
+def warm(paths: Sequence[Path]) -> None:
+    """Reads what the first pages of runs need, while the browser loads the viewer's own code."""
+    for path in paths:
+        # a run that cannot be read is told by its page
+        with contextlib.suppress(UserError, OSError):
+            _open(path).health()
+
+
+def _start(work: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def _open(path: Path) -> runs.Run:
     files = (path / name for name in _STAMPED)
     stamp = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
     return _RUNS.get(path, stamp, lambda: runs.open(path))

@@ -20,8 +20,8 @@ _MIN_DIRECTIONS = 4096
 _INT8_CANDIDATES = 4
 # a tile of products that a core's cache holds, and the product is still busy
 _INT8_TILE_ROWS, _INT8_TILE_COLUMNS = 512, 4096
-# columns of the vocabulary multiplied into its covariance at once, in fp32
-_GRAM_COLUMNS = 16384
+# columns of the vocabulary multiplied into its covariance at once
+_GRAM_COLUMNS = 4096
 _BINS, _BINS_PER_STD = 41, 2
 # the histogram counts every nth span of tokens, n such that this many are counted at least: the shape of the
 # distribution, at a quarter of the price where the vocabulary has 262,144
@@ -66,8 +66,8 @@ class Vocabulary:
         mean = mean_column(unembed) if int8 is None else int8.mean
         gram = torch.zeros(len(unembed), len(unembed), dtype=torch.float64, device=unembed.device)
         for part in unembed.split(_GRAM_COLUMNS, dim=1):
-            columns = part.float()
-            gram += columns @ columns.T
+            # in its own dtype: many chunks of rounded sums, of which each is summed in fp32
+            gram += part @ part.T
         return cls(mean=mean, covariance=gram / unembed.shape[1] - torch.outer(mean, mean), int8=int8)
 
 
@@ -230,7 +230,7 @@ def _search_int8(
 
     `per_std` makes such a product standard deviations; the cubes put into `spread` lack it.
     """
-    from viewer.index.loops import count_spread, keep_extremes  # late: numba takes a second to import
+    from viewer.index.loops import keep_extremes  # late: numba takes a second to import
 
     scores = torch.full((len(left), 2, count), -torch.inf)
     ids = torch.zeros(scores.shape, dtype=torch.int64)
@@ -245,10 +245,11 @@ def _search_int8(
             span = slice(first, first + _INT8_TILE_COLUMNS)
             size = vocabulary.scale[span].numpy()
             products = int8_products(left[part], vocabulary.rows[span], held).numpy()
-            keep_extremes(products, size, first, values, places, np.empty_like(size))
-            counted = (-(first // _SPAN)) % spread.stride * _SPAN
-            where = (counted, spread.stride * _SPAN, _SPAN)
-            count_spread(products, size, *where, per_bin[part], cubes[part], histogram[part])
+            keep_extremes(
+                products, size, first, values, places, np.empty_like(size),
+                (-(first // _SPAN)) % spread.stride * _SPAN, spread.stride * _SPAN, _SPAN,
+                per_bin[part], cubes[part], histogram[part],
+            )  # fmt: skip
 
     workers_for(torch.get_num_threads()).run(search, range(0, len(left), _INT8_TILE_ROWS))
     return scores, ids

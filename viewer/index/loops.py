@@ -9,28 +9,44 @@ _SPAN = 128
 
 
 @compiled
-def keep_extremes(products, scale, first, values, ids, room):
-    """Takes a tile of scores into each row's most extreme ones.
+def keep_extremes(
+    products, scale, first, values, ids, room, counted, step, span, per_bin, cubes, histogram
+):  # fmt: skip
+    """Takes a tile of scores into each row's most extreme ones, and into how each row's are spread.
 
     score[r, c] = products[r, c] * scale[c], with products [row, column] int32 and scale [column] float32.
     `values` float32 and `ids` int64 [row, 2, count] hold the largest scores (side 0) and the largest of
     -score (side 1), best first, with -inf where there is none yet; `first` is the tile's first column.
-    `room` is float32 [column] to work in.
+    `cubes` float64 [row] takes the sum of all cubes, and `histogram` int32 [row, bin] counts the scores of
+    `span` columns from `counted` and from every `step` columns on: score * per_bin[r] is in bins, with 0 in
+    the middle of the middle one. `room` is float32 [column] to work in.
     """
     last = values.shape[2] - 1
+    # the count just added to is slow to add to again: eight tables take turns
+    tables = np.empty((8, histogram.shape[1]), np.int32)
     for r in range(products.shape[0]):
         row = products[r]
+        total = np.float32(0)
         for c in range(len(room)):
-            room[c] = np.float32(row[c]) * scale[c]
+            score = np.float32(row[c]) * scale[c]
+            room[c] = score
+            total += score * score * score
+        cubes[r] += np.float64(total)
         for start in range(0, len(room), _SPAN):
-            span = room[start : start + _SPAN]
-            if len(span) == _SPAN and not _any_beyond(span, values[r, 0, last], -values[r, 1, last]):
+            part = room[start : start + _SPAN]
+            if len(part) == _SPAN and not _any_beyond(part, values[r, 0, last], -values[r, 1, last]):
                 continue
-            for c in range(len(span)):
-                if span[c] > values[r, 0, last]:
-                    _insert(values[r, 0], ids[r, 0], span[c], first + start + c)
-                if -span[c] > values[r, 1, last]:
-                    _insert(values[r, 1], ids[r, 1], -span[c], first + start + c)
+            for c in range(len(part)):
+                if part[c] > values[r, 0, last]:
+                    _insert(values[r, 0], ids[r, 0], part[c], first + start + c)
+                if -part[c] > values[r, 1, last]:
+                    _insert(values[r, 1], ids[r, 1], -part[c], first + start + c)
+        tables[:] = 0
+        for start in range(counted, len(room), step):
+            _count(room[start : start + span], per_bin[r], tables)
+        for k in range(8):
+            for b in range(histogram.shape[1]):
+                histogram[r, b] += tables[k, b]
 
 
 @compiled
@@ -103,37 +119,16 @@ def _insert(values, ids, value, place):
 
 
 @compiled
-def count_spread(products, scale, counted, step, span, per_bin, cubes, histogram):
-    """Adds a tile of scores to how each row's are spread.
-
-    With score[r, c] = products[r, c] * scale[c], `cubes` float64 [row] takes the sum of all cubes, and
-    `histogram` int32 [row, bin] counts the scores of `span` columns from `counted` and from every `step`
-    columns on: score * per_bin[r] is in bins, with 0 in the middle of the middle one.
-    """
-    n_bins = histogram.shape[1]
+def _count(scores, per_bin, tables):
+    """Counts scores by bin, in eight tables that are to be added up."""
+    n_bins = tables.shape[1]
     middle, last = np.float32(n_bins) / np.float32(2), np.int32(n_bins - 1)
-    # the count just added to is slow to add to again: eight tables take turns
-    tables = np.empty((8, n_bins), np.int32)
-    bins = np.empty(span, np.uint8)
-    for r in range(products.shape[0]):
-        row = products[r]
-        total = np.float32(0)
-        for c in range(len(row)):
-            score = np.float32(row[c]) * scale[c]
-            total += score * score * score
-        cubes[r] += np.float64(total)
-        tables[:] = 0
-        factor = per_bin[r]
-        for start in range(counted, len(row), step):
-            size = min(span, len(row) - start)
-            for c in range(size):
-                place = np.float32(row[start + c]) * scale[start + c] * factor + middle
-                bins[c] = np.uint8(min(max(np.int32(place), np.int32(0)), last))
-            for c in range(0, size - size % 8, 8):
-                for k in range(8):
-                    tables[k, bins[c + k]] += 1
-            for c in range(size - size % 8, size):
-                tables[0, bins[c]] += 1
+    bins = np.empty(len(scores), np.uint8)
+    for c in range(len(scores)):
+        bins[c] = np.uint8(min(max(np.int32(scores[c] * per_bin + middle), np.int32(0)), last))
+    whole = len(scores) - len(scores) % 8
+    for c in range(0, whole, 8):
         for k in range(8):
-            for b in range(n_bins):
-                histogram[r, b] += tables[k, b]
+            tables[k, bins[c + k]] += 1
+    for c in range(whole, len(scores)):
+        tables[0, bins[c]] += 1

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from viewer.once import once
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from activations.models import LanguageModel
     from viewer.live.attribution import Attribution
     from viewer.live.interventions import Intervention
@@ -32,11 +34,24 @@ class LiveCalls:
         """The run's language model, loaded on first use in fp32; UserError, with why, if it cannot be had."""
         return self._live.model
 
-    def trace(self, text: str, *, sites: Sequence[str] | None = None) -> "Trace":
-        """Which features fire on a text, at every site and token: `.frame`, `.top()`, `.heatmap()`."""
+    def use_model(self, model: "LanguageModel") -> None:
+        """Gives it a language model that is loaded already, for instance that of another run."""
+        self._live.use(model)
+
+    def trace(self, text: str, *, sites: Sequence[str] | None = None, limit: int | None = None) -> "Trace":
+        """Which features fire on a text, at every site and token: `.frame`, `.top()`, `.heatmap()`.
+
+        With a `limit` a longer text is cut after so many tokens, or where the model's context ends.
+        """
         from viewer.live.trace import trace
 
-        return trace(self._live, text, sites=sites)
+        return trace(self._live, text, sites=sites, limit=limit)
+
+    def next_tokens(self, text: str, k: int = 10) -> "pd.DataFrame":
+        """The model's `k` likeliest next tokens: token, id, probability."""
+        from viewer.live.interventions import next_tokens
+
+        return next_tokens(self._live, text, k)
 
     def steer(self, strengths: Mapping[Any, float], *, unit: str = "max") -> "Intervention":
         """The model with features added at every token: `.generate`, `.next_tokens`, `.logits`, `.loss`.
@@ -44,15 +59,23 @@ class LiveCalls:
         A strength of 1 adds a feature's highest activation on the indexed text times its decoder row; with
         `unit="absolute"`, exactly its decoder row.
         """
-        from viewer.live.interventions import steering
+        from viewer.live.interventions import intervention
 
-        return steering(self._live, strengths, unit=unit)
+        return intervention(self._live, strengths, unit=unit)
+
+    def intervene(
+        self, strengths: Mapping[Any, float], ablated: Sequence[Any] = (), *, unit: str = "max"
+    ) -> "Intervention":
+        """Features steered as by `steer`, and others ablated, at once."""
+        from viewer.live.interventions import intervention
+
+        return intervention(self._live, strengths, ablated, unit=unit)
 
     def ablate(self, *features: Any) -> "Intervention":
         """The model without features: `.generate`, `.next_tokens`, `.logits`, `.loss`."""
-        from viewer.live.interventions import ablation
+        from viewer.live.interventions import intervention
 
-        return ablation(self._live, features)
+        return intervention(self._live, {}, features)
 
     def attribute(
         self,

@@ -2,9 +2,10 @@
 
 import html
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from activations.edits import Addition, Edit, ablate
+from activations.edits import Addition, Edit
 from activations.hooks import spliced
 from activations.losses import next_token_losses
 from sae.errors import UserError
@@ -23,42 +24,68 @@ _CONTEXT = 256
 _ROWS = 8
 
 
-def steering(live: Live, strengths: Mapping[Any, float], *, unit: str = "max") -> "Intervention":
-    """Adds to features' activations at every ordinary token: each one's decoder row, so many times.
+Progress = Callable[[str, str, int], None]
+"""Told after each new token which side is being written (`with` or `without`), its text so far, and how many
+tokens that is. What it raises ends the generation."""
 
-    A strength of 1 is the feature's highest activation on the indexed text, so that strengths mean the same
-    for features and models of any scale; with `unit="absolute"` it is 1 in the model's own units. Negative
-    ones push the other way. Features are `Feature` objects, or pairs of a site or layer and a latent. Raises
-    UserError for features that the run does not have, and for unit max where the index knows no maximum.
+
+def intervention(
+    live: Live, strengths: Mapping[Any, float], ablated: Sequence[Any] = (), *, unit: str = "max"
+) -> "Intervention":
+    """Features steered by their strengths, and others that do not fire. Features are as `Live.keys` has them.
+
+    Steering adds to features' activations at every ordinary token: each one's decoder row, so many times. A
+    strength of 1 is the feature's highest activation on the indexed text, so that strengths mean the same for
+    features and models of any scale; with `unit="absolute"` it is 1 in the model's own units. Negative ones
+    push the other way. Ablating takes each activation times its decoder row away, and nothing else.
+
+    Raises UserError for features that the run does not have, and for unit max where the index knows no
+    maximum.
     """
     if unit not in ("max", "absolute"):
         raise UserError("the unit must be max or absolute", repr(unit), "choose one of them")
-    keys = live.keys(list(strengths))
+    keys = live.keys([*strengths, *ablated])
+    steered, silenced = keys[: len(strengths)], keys[len(strengths) :]
     added: dict[str, dict[int, float]] = {}
-    names = []
-    for (site, latent), strength in zip(keys, strengths.values(), strict=True):
+    removed: dict[str, list[int]] = {}
+    raised = []
+    for (site, latent), strength in zip(steered, strengths.values(), strict=True):
         if not math.isfinite(strength):
             raise UserError(
                 "a strength must be a finite number", f"{strength} for {latent} at {site}", "give one"
             )
         scale = _highest(live, (site, latent)) if unit == "max" else 1.0
         added.setdefault(site, {})[latent] = strength * scale
-        names.append(f"{latent} at {site} {strength:+g}{' x its highest' if unit == 'max' else ''}")
-    edits = {site: Addition(latents) for site, latents in added.items()}
-    return Intervention(live, edits, f"steered: {', '.join(names)}")
-
-
-def ablation(live: Live, features: Sequence[Any]) -> "Intervention":
-    """Features do not fire: each activation times its decoder row is taken away, and nothing else.
-
-    Raises UserError for features that the run does not have.
-    """
-    removed: dict[str, list[int]] = {}
-    for site, latent in live.keys(features):
+        raised.append(f"{latent} at {site} {strength:+g}{' x its highest' if unit == 'max' else ''}")
+    for site, latent in silenced:
         removed.setdefault(site, []).append(latent)
-    names = [f"{latent} at {site}" for site, latents in removed.items() for latent in latents]
-    edits = {site: ablate(*latents) for site, latents in removed.items()}
-    return Intervention(live, edits, f"ablated: {', '.join(names)}")
+    lowered = [f"{latent} at {site}" for site, latent in silenced]
+    names = [f"{what}: {', '.join(of)}" for what, of in (("steered", raised), ("ablated", lowered)) if of]
+    edits = {
+        site: _edit(added.get(site, {}), removed.get(site, [])) for site in dict.fromkeys([*added, *removed])
+    }
+    return Intervention(live, edits, "; ".join(names))
+
+
+def _edit(added: Mapping[int, float], removed: Sequence[int]) -> Edit:
+    """The edit of one site."""
+    addition = Addition(added)
+    if not removed:
+        # one that can be written without going by the activations
+        return addition
+
+    def edit(acts: Tensor) -> Tensor:
+        acts[..., removed] = 0
+        return addition(acts) if added else acts
+
+    return edit
+
+
+def next_tokens(live: Live, text: str, k: int) -> pd.DataFrame:
+    """The `k` likeliest next tokens: token, id, probability."""
+    probability, ids = _next(live, text).topk(min(k, live.model.d_vocab))
+    tokens = live.model.token_strings(ids.tolist())
+    return pd.DataFrame({"token": tokens, "id": ids.numpy(), "probability": probability.numpy()})
 
 
 class Intervention:
@@ -80,11 +107,18 @@ class Intervention:
         return spliced(self._live.model, made.values(), error_term=True, edit=edits)
 
     def generate(
-        self, prompt: str, *, max_new_tokens: int = 40, temperature: float = 0.0, seed: int = 0
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 40,
+        temperature: float = 0.0,
+        seed: int = 0,
+        progress: Progress | None = None,
     ) -> "Generation":
         """How the model goes on from a prompt with the intervention and without, side by side.
 
         A temperature of 0 takes the likeliest token each time; above it both sides draw from the same seed.
+        Without the intervention the same prompt goes on as it did the last time, and is not computed again.
         Raises UserError for a prompt that is empty, or too long for that many more tokens.
         """
         tokens = self._live.tokens(prompt)
@@ -92,12 +126,15 @@ class Intervention:
         if tokens.shape[1] + max_new_tokens > limit:
             found = f"{tokens.shape[1]} tokens and {max_new_tokens} new ones"
             raise UserError(f"{self._live.model.name} reads at most {limit} tokens", found, "ask for fewer")
-        texts = []
-        for context in (self.at_work(), nullcontext()):
-            with context:
-                new = self._continued(tokens, max_new_tokens, temperature, seed)
-            texts.append(self._live.model.tokenizer.decode(new.tolist(), skip_special_tokens=True))
-        return Generation(prompt, texts[0], texts[1], self.name)
+        how = (max_new_tokens, temperature, seed)
+        with self.at_work():
+            text = _continued(self._live, tokens, *how, partial(progress, "with") if progress else None)
+        key = (prompt, *how)
+        without = self._live.continuations.get(key)
+        if without is None:
+            without = _continued(self._live, tokens, *how, partial(progress, "without") if progress else None)
+            self._live.continuations = {key: without}
+        return Generation(prompt, text, without, self.name)
 
     def logits(self, text: str) -> Float[Tensor, "pos d_vocab"]:
         """Logits at each token of a text, BOS first, with the intervention."""
@@ -110,13 +147,11 @@ class Intervention:
 
         Columns token, id, probability, without, and ratio of the two; the `k` likeliest of either side.
         """
-        model, tokens = self._live.model, self._live.tokens(text)
-        found = []
-        for context in (self.at_work(), nullcontext()):
-            with context:
-                found.append(model.unembed(model.run_body(tokens)[0, -1]).float().softmax(-1).cpu())
-        here, without = found
-        ids = torch.cat([side.topk(min(k, len(side))).indices for side in found]).unique()
+        model = self._live.model
+        with self.at_work():
+            here = _next(self._live, text)
+        without = _next(self._live, text)
+        ids = torch.cat([side.topk(min(k, len(side))).indices for side in (here, without)]).unique()
         frame = pd.DataFrame(
             {
                 "token": model.token_strings(ids.tolist()),
@@ -145,20 +180,6 @@ class Intervention:
         columns = ["text", "position", "token", "loss", "without", "difference", "kl"]
         order: Any = frame.sort_values(by=["text", "position"], ignore_index=True)
         return LossChange(order[columns], self.name)
-
-    def _continued(self, tokens: Tensor, n_new: int, temperature: float, seed: int) -> Int[Tensor, " new"]:
-        devices = [self._live.model.device] if self._live.model.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            made: Any = self._live.model.bridge.generate(
-                tokens.to(self._live.model.device),
-                max_new_tokens=n_new,
-                do_sample=temperature > 0,
-                temperature=temperature or 1.0,
-                return_type="tokens",
-                verbose=False,
-            )
-        return made[0, tokens.shape[1] :].cpu()
 
     def _pieces(self, texts: Sequence[str], context: int) -> list[tuple[int, int, list[int]]]:
         """(text, position of the first token, token ids) of each piece, long ones first."""
@@ -222,16 +243,11 @@ class Generation:
         return f"{self.name}\n  {self.prompt!r} ...\n  with:    {self.text!r}\n  without: {self.without!r}"
 
     def _repr_html_(self) -> str:
-        columns = "".join(
-            f'<div style="flex:1 1 16rem"><div class="js-h">{head}</div>'
-            f'<p style="white-space:pre-wrap;overflow-wrap:anywhere;margin:0">'
-            f"<span class=js-m>{_shown(self.prompt)}</span>{_shown(text)}</p></div>"
-            for head, text in (("with", self.text), ("without", self.without))
-        )
-        return (
-            f'{markup.STYLE}<div class="js-card"><h4>{html.escape(self.name)}</h4>'
-            f'<div style="display:flex;gap:2rem;flex-wrap:wrap">{columns}</div></div>'
-        )
+        from viewer.live.pictures import STYLE, generation_html  # late: pictures are made of these
+
+        title = html.escape(markup.readable_text(self.name))
+        body = generation_html(self.prompt, self.text, self.without)
+        return f'{markup.STYLE}{STYLE}<div class="js-card"><h4>{title}</h4>{body}</div>'
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,6 +304,44 @@ def _scored(keep: Bool[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos_minus_on
     return keep[:, :-1] & keep[:, 1:]
 
 
+def _next(live: Live, text: str) -> Float[Tensor, " d_vocab"]:
+    """The probability of each next token, as the model stands."""
+    return live.model.unembed(live.model.run_body(live.tokens(text))[0, -1]).float().softmax(-1).cpu()
+
+
+def _continued(
+    live: Live,
+    tokens: Int[Tensor, "1 pos"],
+    n_new: int,
+    temperature: float,
+    seed: int,
+    progress: Callable[[str, int], None] | None,
+) -> str:
+    """How the model, as it stands, goes on."""
+    model = live.model
+    devices = [model.device] if model.device.type == "cuda" else []
+    new: list[int] = []
+    text = ""
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        parts: Any = model.bridge.generate_stream(
+            tokens.to(model.device),
+            max_new_tokens=n_new,
+            max_tokens_per_yield=1,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            return_type="tokens",
+            verbose=False,
+        )
+        for part in parts:
+            # the first part begins with what it was given
+            new += part[0, 0 if new else tokens.shape[1] :].tolist()
+            text = str(model.tokenizer.decode(new, skip_special_tokens=True))
+            if progress is not None:
+                progress(text, len(new))
+    return text
+
+
 def _highest(live: Live, key: Key) -> float:
     site, latent = key
     highest = float(live.facts(site)["max"].to_numpy()[latent])
@@ -297,10 +351,3 @@ def _highest(live: Live, key: Key) -> float:
             "a strength in units of a feature's highest activation needs one", found, 'give unit="absolute"'
         )
     return highest
-
-
-def _shown(text: str) -> str:
-    return "".join(
-        part if part == "\n" else html.escape(markup.readable(part, alone=False)) if part else ""
-        for part in text.replace("\n", "\0\n\0").split("\0")
-    )

@@ -27,9 +27,10 @@ class Browsed(Protocol):
 
     @property
     def sites(self) -> list[str]: ...
+    @property
+    def model_name(self) -> str: ...
     def site(self, name: str) -> Any: ...
     def dictionary(self, site: str) -> Dictionary: ...
-    def config(self) -> dict[str, Any]: ...
 
 
 Key = tuple[str, int]
@@ -44,6 +45,13 @@ class Live:
         self._model = model
         self._dictionaries: dict[str, Dictionary] = {}
         self._sites: dict[str, Any] = {}
+        self.continuations: dict[Any, str] = {}
+        """How the untouched model went on from the latest prompt: it is asked for with every intervention."""
+
+    def use(self, model: LanguageModel) -> None:
+        """Makes a loaded model the run's."""
+        if model is not self._model:
+            self._model, self._dictionaries, self.continuations = model, {}, {}
 
     @property
     def model(self) -> LanguageModel:
@@ -52,7 +60,7 @@ class Live:
         Raises UserError, saying why, when it cannot be had here.
         """
         if self._model is None:
-            name = self.run.config().get("model") or self.dictionary(self.run.sites[0]).cfg.model
+            name = self.run.model_name
             try:
                 with torch.inference_mode(False):  # weights born in it could never take part in a gradient
                     self._model = load_model(name, dtype="fp32", progress=False)

@@ -21,13 +21,17 @@ DENSE = 0.1
 
 
 @torch.inference_mode()
-def trace(live: Live, text: str, *, sites: Sequence[str] | None = None) -> "Trace":
+def trace(live: Live, text: str, *, sites: Sequence[str] | None = None, limit: int | None = None) -> "Trace":
     """Which features fire on a text: one forward pass, and each dictionary on what it reads there.
 
-    Special tokens are left out, as everywhere. Raises UserError for an empty text, one longer than the
-    model's context and a site that the run does not have.
+    Special tokens are left out, as everywhere. With a `limit` a longer text is cut after so many tokens, or
+    where the model's context ends. Raises UserError for an empty text, one longer than the model's context
+    and a site that the run does not have.
     """
     tokens = live.tokens(text)
+    n_tokens = tokens.shape[1]
+    if limit is not None:
+        tokens = tokens[:, : min(limit + (live.model.bos_id is not None), live.model.max_context)]
     dictionaries = live.dictionaries(sites)
     keep = live.ordinary(tokens[0])
     read = {made.cfg.site_in for made in dictionaries.values()}
@@ -42,7 +46,7 @@ def trace(live: Live, text: str, *, sites: Sequence[str] | None = None) -> "Trac
     texts = live.strings(tokens[0, keep])
     frame: Any = live.with_facts(firings)
     frame["token"] = np.array(texts, dtype=object)[frame["position"].to_numpy()]
-    return Trace(texts, list(dictionaries), frame[_COLUMNS])
+    return Trace(texts, list(dictionaries), frame[_COLUMNS], n_tokens - tokens.shape[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,31 +60,38 @@ class Trace:
     frame: pd.DataFrame
     """A row a firing: site, layer, position, token, latent, activation, share (of the highest activation that
     the index has seen of the latent), label, density. The last three are empty where there is no index."""
+    n_cut: int = 0
+    """Tokens of the text beyond the limit, which were not read."""
 
     def top(self, k: int = 1, *, densest: float = DENSE) -> pd.DataFrame:
         """The `k` strongest features at each site and position, by share; dense ones are left out.
 
         A feature that the index knows no highest activation of counts by its activation.
         """
-        frame = self.frame.loc[~(self.frame["density"] > densest)]
-        order = frame.assign(_strength=_strengths(frame)).sort_values(
-            by="_strength", ascending=False, kind="stable"
-        )
-        best = order.groupby(["site", "position"], sort=False).head(k)
-        place = best["site"].map({site: number for number, site in enumerate(self.sites)})
+        best = self.strongest(self.frame, densest=densest)
+        best = best.assign(_rank=best.index).groupby(["site", "position"], sort=False).head(k)
+        places = {site: number for number, site in enumerate(self.sites)}
+        place = [places[site] for site in best["site"]]
         return (
             best.assign(_place=place)
-            .sort_values(by=["_place", "position", "_strength"], ascending=[True, True, False])
-            .drop(columns=["_place", "_strength"])
+            .sort_values(by=["_place", "position", "_rank"])
+            .drop(columns=["_place", "_rank"])
             .reset_index(drop=True)
         )
+
+    @staticmethod
+    def strongest(rows: pd.DataFrame, *, densest: float = DENSE) -> pd.DataFrame:
+        """Some rows of `frame`, strongest first as in `top`; dense features are left out."""
+        rows = rows.loc[~(rows["density"] > densest)]
+        order = strengths(rows).sort_values(ascending=False, kind="stable").index
+        return rows.loc[order].reset_index(drop=True)
 
     def heatmap(self, *, densest: float = DENSE) -> go.Figure:
         """Sites by tokens: how near the strongest feature is to its highest activation; three on hover."""
         best = self.top(3, densest=densest)
         depth = np.full((len(self.sites), len(self.tokens)), np.nan)
         hover = np.full(depth.shape, "", dtype=object)
-        best["strength"] = _strengths(best).clip(0, 1)
+        best["strength"] = strengths(best).clip(0, 1)
         groups: Any = best.groupby(["site", "position"], sort=False)
         for (site, position), rows in groups:
             place = self.sites.index(site), int(position)
@@ -92,7 +103,7 @@ class Trace:
         counts = self.frame.groupby("site", sort=False).size().reindex(self.sites, fill_value=0)
         first = f"trace of {len(self.tokens)} tokens through {len(self.sites)} sites"
         lines = [first + f": {len(self.frame):,} firings"]
-        best = self.top().assign(strength=lambda rows: _strengths(rows))
+        best = self.top().assign(strength=lambda rows: strengths(rows))
         for site in self.sites:
             rows = best.loc[best["site"] == site].nlargest(4, "strength")
             shown = "  ".join(
@@ -103,7 +114,7 @@ class Trace:
 
     def _repr_html_(self) -> str:
         best = self.top()
-        shares = _strengths(best).clip(0, 1)
+        shares = strengths(best).clip(0, 1)
         cells = {
             (row["site"], row["position"]): _cell(row, float(share))
             for row, share in zip(best.to_dict("records"), shares, strict=True)
@@ -160,7 +171,7 @@ def grid(
     return figure
 
 
-def _strengths(rows: Any) -> Any:
+def strengths(rows: Any) -> Any:
     """How strongly features fire: of their highest activation, or of their site's strongest of these rows."""
     most = rows.groupby("site")["activation"].transform("max")
     return rows["share"].fillna(rows["activation"] / most)

@@ -1,6 +1,5 @@
 """One feature: how often and how hard it fires, on what, what it says, and where else its direction is."""
 
-import importlib.util
 import random
 
 import numpy as np
@@ -10,7 +9,7 @@ import streamlit as st
 from activations.sites import site_label
 from sae.errors import UserError
 from viewer import feature_html
-from viewer.app import labels
+from viewer.app import labels, live_widgets
 from viewer.app.shell import address, copy_links, plain, render, set_address
 from viewer.features import Feature, Site
 from viewer.runs import Run
@@ -63,18 +62,16 @@ def controls(sites: list[str], feature: Feature, live: np.ndarray) -> None:
                 args=(site.name, int(to[0]) if len(to) else latent),
                 disabled=not len(to),
             )
-        if st.button("Label", icon=":material/edit:", shortcut="E", on_click=labels.begin):
-            labels.edit(feature)
+        st.button("Label", icon=":material/edit:", shortcut="E", on_click=labels.begin, args=(feature,))
         export(feature)
+    labels.dialog(feature)
 
 
 def export(feature: Feature) -> None:
     """A button that gives the page as a file; made when it is pressed."""
-    if importlib.util.find_spec("viewer.static") is None:
-        return
 
     def page() -> str:
-        from viewer.static import feature_page
+        from viewer.static import feature_page  # late: few pages are exported
 
         return feature_page(feature)
 
@@ -103,6 +100,11 @@ def show_feature(run: Run, feature: Feature) -> None:
     st.html(feature_html.main_html(feature, links))
     # last, because it reads every decoder: the page is there by now, and has kept its place
     strip.html(feature_html.strip_html(feature, run.sites, _follow(run, feature), links))
+    st.subheader("Try it")
+    # asked once here: each box would tell on its own that the model is not there
+    if live_widgets.ready(run) is not None:
+        live_widgets.try_text(run, feature)
+        live_widgets.steer_box(run, feature)
     copy_links()
 
 

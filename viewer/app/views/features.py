@@ -1,5 +1,7 @@
 """All features: a table to sort and filter, and the search by words, token and label, through all layers."""
 
+import contextlib
+import html
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -50,7 +52,13 @@ def show(run: Run) -> None:
     if not len(found.rows) and page > 1:
         page = max(1, math.ceil(found.total / PAGE))
         found = run.browse(choice, among, start=(page - 1) * PAGE, rows=PAGE)
-    st.html(table_html(asked, choice, found, page, run))
+    if asked["q"] and asked["by"] == "words":
+        where = html.escape(address("prompt", text=asked["q"]))
+        st.html(
+            f'<p class="js-note"><a href="{where}" target="_self" data-js-link>Read it with the model</a> '
+            "to see which features fire on it, layer by layer.</p>"
+        )
+    st.html(table_html(asked, choice, found, page))
 
 
 def read_address(run: Run) -> dict[str, str]:
@@ -112,7 +120,7 @@ def search(run: Run, asked: dict[str, str]) -> pd.DataFrame | None:
     return _by_token(run, text, sites) if asked["by"] == "token" else None
 
 
-def table_html(asked: dict[str, str], choice: Choice, found: Found, page: int, run: Run) -> str:
+def table_html(asked: dict[str, str], choice: Choice, found: Found, page: int) -> str:
     """The table between the ways to its other pages, or what to try where it is empty."""
     links = feature_html.Links(
         feature=lambda site, latent: address("feature", site=site, latent=latent),
@@ -133,19 +141,21 @@ def table_html(asked: dict[str, str], choice: Choice, found: Found, page: int, r
         return to(sort=column, reverse="1" if again else "", page="1")
 
     rises = (choice.sort not in _FALLING) != choice.reverse
-    ways = listing.pages_html(found.total, page, PAGE, links, lambda number: to(page=str(number)))
+    above, below = (
+        listing.pages_html(found.total, page, PAGE, links, lambda number: to(page=str(number)), name)
+        for name in ("pages, above the table", "pages, below the table")
+    )
     table = listing.table_html(found.rows, links, (choice.sort, rises), sort)
-    return f"{listing.STYLE}{ways}{table}{ways if len(found.rows) > 20 else ''}"
+    return f"{listing.STYLE}{above}{table}{below if len(found.rows) > 20 else ''}"
 
 
 def _by_token(run: Run, text: str, sites: list[str] | None) -> pd.DataFrame:
-    """By a token as it reads; without a space in front, also as the start of a word."""
-    try:
-        return run.find(token=text, sites=sites, limit=MOST)
-    except UserError:
-        if text.startswith(" "):
-            raise
-        return run.find(token=f" {text}", sites=sites, limit=MOST)
+    """By a token as it reads; where the text has none such, also with a space in front or a capital."""
+    bare = text.strip(" ")
+    for spelled in dict.fromkeys((text, f" {bare}", f" {bare.capitalize()}", bare.capitalize())):
+        with contextlib.suppress(UserError):
+            return run.find(token=spelled, sites=sites, limit=MOST)
+    return run.find(token=text, sites=sites, limit=MOST)
 
 
 def _choice(asked: dict[str, str]) -> Choice:
