@@ -64,4 +64,4 @@ def test_pages_and_runs_are_reached_by_keyboard(browser, address):
         # the same latent of the other run
         tab.wait_for_url(f"**/feature?run=two&site={SITES[1]}&latent=5")
         tab.locator("summary", has_text="Run: two").wait_for()
-        assert "Feature · two · jumpscope" in tab.title()
+        tab.wait_for_function("document.title === 'Feature · two · jumpscope'")

@@ -55,6 +55,7 @@ li{display:flex;justify-content:space-between;gap:.75rem;padding:.12rem .4rem;ma
 .js-label small{font-size:.75rem;opacity:.75} .js-card details{margin:.4rem 0} .js-card
 summary{cursor:pointer;font-size:.85rem;opacity:.85}
 .js-logits .js-t{overflow:hidden;text-overflow:ellipsis;white-space:pre}
+.js-logits li>a{min-width:0;overflow:hidden;text-overflow:ellipsis}
 .js-note{font-size:.8rem;opacity:.75;margin:.75rem 0 0} .js-scroll{overflow-x:auto}
 .js-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem;white-space:nowrap}
 .js-table th{text-align:right;font-weight:600;font-size:.78rem;padding:.35rem .7rem;opacity:.8;
