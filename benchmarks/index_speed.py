@@ -162,9 +162,38 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, float, 
     return time.perf_counter() - clock, time.process_time() - processors, found
 
 
+def in_turns(
+    work: dict[str, Callable[[], Any]], args: argparse.Namespace
+) -> tuple[dict[str, list[tuple[float, float]]], int]:
+    """Seconds of each kind of work, round after round, and the bytes of the last index."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
+    n_bytes = 0
+    for _ in range(args.rounds):
+        for name, taken in seconds.items():
+            clock, processors, found = timed(work[name], torch.device(args.device))
+            taken.append((clock, processors))
+            n_bytes = found or n_bytes
+            print(f"{name:9} {clock:8.1f} s ({processors:8.1f})", flush=True)
+    return seconds, n_bytes
+
+
+def beside(text: Text, site: str, dictionary: JumpReLU) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of SAEDashboard, without a cache and with one."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in ("dashboard", "dashboard_cached"):
+            clock, processors, _ = timed(
+                lambda: dashboard(text, site, dictionary, Path(cache)), text.model.device
+            )
+            seconds[name] = [(clock, processors)]
+            print(f"{name:9} {clock:8.1f} s ({processors:8.1f})", flush=True)
+    return seconds
+
+
 def main() -> None:
     args = parse()
     model = load_model(args.model, device=args.device, progress=False)
+    args.device = str(model.device)
     text = Text(model, args)
     sites = tuple(f"blocks.{layer}.{args.kind}" for layer in args.layers.split(","))
     with torch.inference_mode():
@@ -180,25 +209,9 @@ def main() -> None:
         "bare": lambda: index(text, dictionaries, logits=False),
         "index": lambda: index(text, dictionaries, logits=True),
     }
-    seconds: dict[str, list[tuple[float, float]]] = {
-        name: [] for name in work if name in args.parts.split(",")
-    }
-    n_bytes = 0
-    for _ in range(args.rounds):
-        for name, taken in seconds.items():
-            clock, processors, found = timed(work[name], model.device)
-            taken.append((clock, processors))
-            n_bytes = found or n_bytes
-            print(f"{name:9} {clock:8.1f} s ({processors:8.1f})", flush=True)
+    seconds, n_bytes = in_turns({name: work[name] for name in work if name in args.parts.split(",")}, args)
     if args.other:
-        with tempfile.TemporaryDirectory() as cache:
-            for name in ("dashboard", "dashboard_cached"):
-                site = sites[-1]
-                clock, processors, _ = timed(
-                    lambda site=site: dashboard(text, site, dictionaries[site], Path(cache)), model.device
-                )
-                seconds[name] = [(clock, processors)]
-                print(f"{name:9} {clock:8.1f} s ({processors:8.1f})", flush=True)
+        seconds |= beside(text, sites[-1], dictionaries[sites[-1]])
     medians = {
         name: [statistics.median(pair[n] for pair in taken) for n in range(2)]
         for name, taken in seconds.items()
