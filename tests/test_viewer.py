@@ -11,7 +11,7 @@ from viewer_fakes import SITES, fake_run
 import viewer
 
 APP = Path(viewer.__file__).resolve().parent / "app" / "main.py"
-OVERVIEW, FEATURE = APP.parent / "pages" / "overview.py", APP.parent / "pages" / "feature.py"
+OVERVIEW, FEATURE = APP.parent / "views" / "overview.py", APP.parent / "views" / "feature.py"
 
 
 @pytest.fixture(scope="module")

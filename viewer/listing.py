@@ -62,19 +62,24 @@ def table_html(
     return f'<div class="js-list js-scroll" tabindex="0" role="region" aria-label="features">{table}</div>'
 
 
-def pages_html(total: int, page: int, size: int, links: Links, to: Callable[[int], str]) -> str:
-    """Which rows of how many are shown, and the ways to the others. `to` gives a page's address."""
+def pages_html(
+    total: int, page: int, size: int, links: Links, to: Callable[[int], str], name: str = "pages"
+) -> str:
+    """Which rows of how many are shown, and the ways to the others. `to` gives a page's address.
+
+    `name` is for those who cannot see where it stands: two on a page need two.
+    """
     pages = max(1, math.ceil(total / size))
     low, high = (page - 1) * size + 1, min(total, page * size)
     ways = {"First": 1, "Previous page": page - 1, "Next page": page + 1, "Last": pages}
     shown = [
-        f'<a href="{html.escape(to(number))}" {links.attributes}>{name}</a>'
+        f'<a href="{html.escape(to(number))}" {links.attributes}>{way}</a>'
         if 1 <= number <= pages and number != page
-        else f"<span>{name}</span>"
-        for name, number in ways.items()
+        else f"<span>{way}</span>"
+        for way, number in ways.items()
     ]
     many = f"<b>{low:,} to {high:,}</b> of {total:,}" if total else "<b>None</b>"
-    return f'<nav class="js-pages" aria-label="pages"><div>{many}</div>{"".join(shown)}</nav>'
+    return f'<nav class="js-pages" aria-label="{html.escape(name)}"><div>{many}</div>{"".join(shown)}</nav>'
 
 
 def _cells(row: dict, links: Links, searched: bool) -> str:

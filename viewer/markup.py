@@ -35,7 +35,7 @@ rgba(128,128,128,.25);overflow-wrap:anywhere} .js-ex p{margin:0;line-height:1.85
 .js-ex:focus .js-on:not(.js-peak):not(:hover)::after{content:attr(data-v);font-size:.7rem;font-weight:600;
   vertical-align:super;margin-left:1px;font-variant-numeric:tabular-nums}
 .js-ex:focus{outline:2px solid rgb(20,150,130);outline-offset:-1px;border-radius:4px}
-.js-far{display:none} .js-ex:has(details[open]) .js-far{display:inline} .js-cut{opacity:.6}
+.js-far{display:none} .js-ex:has(details[open]) .js-far{display:inline} .js-cut{opacity:.65}
 .js-ex:has(details[open]) .js-cut{display:none} .js-more{display:inline-block;margin:0 0 0 .8rem!important}
 .js-ex .js-more summary{font-size:.75rem;opacity:.85}
 .js-hist{margin:.2rem 0 .6rem} .js-hist>div{display:flex;height:4.2rem;
@@ -45,7 +45,7 @@ rgba(128,128,128,.25);overflow-wrap:anywhere} .js-ex p{margin:0;line-height:1.85
 .js-hist figcaption{display:flex;justify-content:space-between;font-size:.75rem;opacity:.8;
   font-variant-numeric:tabular-nums}
 .js-card .js-hist{max-width:20rem}
-.js-m{opacity:.55} .js-code{opacity:.75;font-family:monospace;font-size:.85em}
+.js-m{opacity:.65} .js-code{opacity:.75;font-family:monospace;font-size:.85em}
 .js-logits{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.75rem,1fr));gap:0 1.5rem} .js-logits
 ol{list-style:none;margin:0;padding:0} .js-logits
 li{display:flex;justify-content:space-between;gap:.75rem;padding:.12rem .4rem;margin:0 0 2px;
@@ -55,6 +55,7 @@ li{display:flex;justify-content:space-between;gap:.75rem;padding:.12rem .4rem;ma
 .js-label small{font-size:.75rem;opacity:.75} .js-card details{margin:.4rem 0} .js-card
 summary{cursor:pointer;font-size:.85rem;opacity:.85}
 .js-logits .js-t{overflow:hidden;text-overflow:ellipsis;white-space:pre}
+.js-logits li>a{min-width:0;overflow:hidden;text-overflow:ellipsis}
 .js-note{font-size:.8rem;opacity:.75;margin:.75rem 0 0} .js-scroll{overflow-x:auto}
 .js-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.9rem;white-space:nowrap}
 .js-table th{text-align:right;font-weight:600;font-size:.78rem;padding:.35rem .7rem;opacity:.8;
@@ -163,7 +164,7 @@ def _run_html(quiet: Sequence[str]) -> str:
 
 
 def _firing_html(token: str, value: float, is_peak: bool, top: float, first: bool) -> str:
-    depth = 0.08 + 0.52 * min(1.0, value / top if top > 0 else 1.0)
+    depth = 0.08 + 0.46 * min(1.0, value / top if top > 0 else 1.0)
     # the space before a word belongs to its token, but a coloured gap reads as part of the word before
     lead = " " if token.startswith(" ") and token.strip(" ") else ""
     shown = _inner_html(token[len(lead) :], False)

@@ -38,7 +38,7 @@ def header(shown: str) -> None:
     links = "".join(
         _link(name.capitalize(), address(name), "page" if name == shown else "") for name in PAGES
     )
-    st.html(f'{STYLE}<div class="js-head"><nav aria-label="Pages">{links}</nav>{_runs(shown)}</div>')
+    st.html(f'{STYLE}<div class="js-head"><nav aria-label="Main">{links}</nav>{_runs(shown)}</div>')
 
 
 def _runs(shown: str) -> str:

@@ -36,7 +36,7 @@ def ready(run: Run) -> Resident | None:
     return resident
 
 
-@st.fragment(run_every=0.7)
+@st.fragment(run_every=1.0)
 def _watch(resident: Resident) -> None:
     if resident.state != "loading":
         st.rerun()

@@ -15,7 +15,9 @@ ICON = "data:image/svg+xml," + quote(
     '<circle cx="16" cy="16" r="8" fill="none" stroke="#fff" stroke-width="2.5"/>'
     '<circle cx="16" cy="16" r="3" fill="#f5a33c"/></svg>'
 )
-FOLDER = Path(__file__).resolve().parent / "pages"
+# a folder called "pages" would be Streamlit's own: until this script has run once, an address would show the
+# page's script alone, without header, runs and links
+FOLDER = Path(__file__).resolve().parent / "views"
 
 pages = {
     name: st.Page(FOLDER / f"{name}.py", title=name.capitalize(), url_path=where or None, default=not where)

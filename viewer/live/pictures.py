@@ -14,7 +14,7 @@ Href = Callable[[str, int], str]
 """The address of a feature, from its site and latent."""
 
 STYLE = """<style>
-.js-lab{display:inline-block;max-width:24rem;overflow:hidden;text-overflow:ellipsis;vertical-align:bottom}
+.js-lab{display:inline-block;max-width:min(24rem,38vw);overflow:hidden;text-overflow:ellipsis;vertical-align:bottom}
 .js-live th:nth-child(-n+4):not(:nth-child(3)),.js-live td:nth-child(-n+4):not(:nth-child(3)){text-align:left}
 .js-chances{max-width:46rem} .js-chances .js-bar{min-width:min(11rem,32vw)}
 .js-chances th:nth-child(-n+3),.js-chances td:nth-child(-n+3){text-align:left}

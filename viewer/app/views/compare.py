@@ -39,20 +39,34 @@ def show_comparison(run: Run, other: Other) -> None:
         raise UserError(must, f"none in {current()} and {other.name}", do)
     site, cosine = _controls(sites, other)
     shown, part = _choice("show", compare_html.KINDS, "matched"), _part()
-    set_address(**other.parameters(), site=site, cosine=f"{cosine:g}", show=shown, part=part)
+    set_address(**_address(other, sites, site=site, cosine=cosine, show=shown, part=part))
     if other.dictionary is not None:
         _tell_place(other, site)
     with st.spinner(f"Comparing the latents of {plain(site_label(site))}: seconds, once"):
         found = others.compared(run, other, site, cosine, names=(current(), other.name))
-    _draw(run, other, found, shown, part)
+    now = {"site": site, "cosine": cosine, "show": shown}
+    _draw(
+        run, other, found, shown, part, lambda **it: address("compare", **_address(other, sites, **now | it))
+    )
 
 
-def _draw(run: Run, other: Other, found: Comparison, shown: str, part: int) -> None:
+def _address(other: Other, sites: Sequence[str], **values: object) -> dict[str, str]:
+    """What the address must say: what is not as it would be without. A page that always completed its
+    address would leave two entries in the browser's history."""
+    usual = {"site": _usual_site(sites, other), "cosine": COSINE, "show": "matched", "part": 1}
+    names = [name for name in run_paths() if name != current()]
+    which = {} if other.run and other.name == names[0] else other.parameters()
+    texts = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    return which | {name: text for name, text in texts.items() if values[name] != usual[name]}
+
+
+def _usual_site(sites: Sequence[str], other: Other) -> str:
+    own = other.dictionary.cfg.site_out if other.dictionary is not None else ""
+    return own if own in sites else sites[len(sites) // 2]
+
+
+def _draw(run: Run, other: Other, found: Comparison, shown: str, part: int, at: Callable[..., str]) -> None:
     site = found.site
-
-    def at(**changed: object) -> str:
-        now = {"site": site, "cosine": f"{found.cosine:g}", "show": shown, "part": 1}
-        return address("compare", **other.parameters(), **now | changed)
 
     rows = getattr(found, shown)
     parts = max(1, math.ceil(len(rows) / ROWS))
@@ -80,10 +94,10 @@ def _draw(run: Run, other: Other, found: Comparison, shown: str, part: int) -> N
 
 def _controls(sites: Sequence[str], other: Other) -> tuple[str, float]:
     """Site and cosine, from the address."""
-    asked = st.query_params.get("site", st.session_state.get("last_site", ""))
-    own = other.dictionary.cfg.site_out if other.dictionary is not None else ""
-    site = asked if asked in sites else own if own in sites else sites[len(sites) // 2]
-    if "site" in st.query_params and asked != site:
+    usual = _usual_site(sites, other)
+    asked = st.query_params.get("site", usual)
+    site = asked if asked in sites else usual
+    if asked != site:
         st.warning(plain(f"{asked[:80]!r} is not a site of both: showing {site}."))
     cosine = _cosine()
     st.session_state.update(compare_site=site, compare_cosine=cosine)
@@ -100,10 +114,11 @@ def _controls(sites: Sequence[str], other: Other) -> tuple[str, float]:
 
 
 def _chosen() -> None:
-    state = st.session_state
-    which = {"with": state["compare_with"]} if "with" in st.query_params else {"hub": st.query_params["hub"]}
+    """A control was used: the address says so, from the first row on."""
+    state, hub = st.session_state, st.query_params.get("hub")
+    which = {"hub": hub} if hub else {"with": state["compare_with"]}
     kind = st.query_params.get("show", "matched")
-    set_address(**which, site=state["compare_site"], cosine=f"{state['compare_cosine']:g}", show=kind, part=1)
+    set_address(**which, site=state["compare_site"], cosine=f"{state['compare_cosine']:g}", show=kind)
 
 
 def _other() -> Other | None:

@@ -1,0 +1,67 @@
+"""What axe-core finds on every page in a real browser, and a walk through the header by keyboard."""
+
+import pytest
+from browser_fakes import NEEDS_BROWSER, chromium, served, settled, watched
+from viewer_fakes import SITES, fake_run
+
+from viewer.app.shell import PAGES
+
+pytestmark = NEEDS_BROWSER
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    folders = [fake_run(runs / name).path for name in ("one", "two")]
+    with served(folders, tmp_path_factory.mktemp("server")) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+def drawn(tab, page):
+    tab.goto(f"/{PAGES[page]}?run=one")
+    tab.locator(f'nav a[aria-current="page"]:has-text("{page.capitalize()}")').wait_for()
+    settled(tab)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_on_any_page(browser, address, scheme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    found = {}
+    with watched(browser, address, width=1280) as tab:
+        tab.emulate_media(color_scheme=scheme)
+        for page in PAGES:
+            drawn(tab, page)
+            for trouble in Axe().run(tab).response["violations"]:
+                where = [node["html"][:200] for node in trouble["nodes"]]
+                found[page, trouble["id"]] = (trouble["impact"], where)
+    assert found == {}
+
+
+def test_pages_and_runs_are_reached_by_keyboard(browser, address):
+    with watched(browser, address, width=1280) as tab:
+        drawn(tab, "overview")
+        link = tab.locator("nav a", has_text="Features")
+        link.focus()
+        tab.keyboard.press("Shift+Tab")
+        tab.keyboard.press("Tab")
+        shown = link.evaluate("a => [document.activeElement === a, getComputedStyle(a).outlineStyle]")
+        assert shown == [True, "solid"]
+        tab.keyboard.press("Enter")
+        tab.wait_for_url("**/features?run=one*")
+        tab.goto(f"/feature?run=one&site={SITES[1]}&latent=5")
+        tab.locator("summary", has_text="Run: one").focus()
+        tab.keyboard.press("Enter")
+        tab.keyboard.press("Tab")
+        tab.keyboard.press("Tab")
+        tab.keyboard.press("Enter")
+        # the same latent of the other run
+        tab.wait_for_url(f"**/feature?run=two&site={SITES[1]}&latent=5")
+        tab.locator("summary", has_text="Run: two").wait_for()
+        tab.wait_for_function("document.title === 'Feature · two · jumpscope'")
