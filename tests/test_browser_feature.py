@@ -1,7 +1,7 @@
-"""The feature and features pages in a real browser: keys, the label dialog, values, context, copying, search."""
+"""The feature and features pages in a real browser: keys, the label dialog, values, copying, search."""
 
 import pytest
-from browser_fakes import NEEDS_BROWSER, chromium, served, watched
+from browser_fakes import NEEDS_BROWSER, chromium, served, settled, watched
 from viewer_fakes import SITES, fake_run
 
 import viewer
@@ -37,16 +37,16 @@ def heading(tab, text):
 
 
 def test_the_first_page_of_a_server_may_be_a_feature(tab):
-    # Streamlit must not take our pages for its older kind, which has no header
+    # its script alone would have no header
     tab.goto(f"/feature?site={SITES[1]}&latent=5")
     heading(tab, "1 resid_post · 5")
-    tab.get_by_role("navigation", name="Pages").wait_for()
+    tab.get_by_role("navigation", name="Main").wait_for()
 
 
 def test_a_label_is_written_by_keyboard_alone(tab, folder):
     tab.goto(f"/feature?site={SITES[0]}&latent=5")
     heading(tab, "0 resid_post · 5")
-    tab.locator(".js-strip a").first.wait_for()
+    settled(tab)
     tab.keyboard.press("e")
     box = tab.get_by_role("dialog").get_by_label("Label", exact=True)
     box.click()
@@ -60,7 +60,7 @@ def test_a_label_is_written_by_keyboard_alone(tab, folder):
     tab.get_by_role("dialog").wait_for(state="detached")
 
 
-def test_values_show_on_focus_and_context_unfolds(tab, folder):
+def test_values_show_on_hover_and_focus(tab, folder):
     feature = next(f for f in viewer.open(folder).layer(0) if len(f.examples(0)) > 2 and f.state == "live")
     tab.goto(f"/feature?site={SITES[0]}&latent={feature.latent}")
     example = tab.locator(".js-ex").first
@@ -102,11 +102,14 @@ def test_a_search_leads_to_a_feature_and_back(tab, folder):
     tab.wait_for_url(f"**/features?run=mine&q={word}")
     best = run.find(text=word).iloc[0]
     place = f"{best['layer']} resid_post · {best['latent']}"
+    settled(tab)
     first = tab.locator(".js-list tbody tr").first.get_by_role("link", name=place)
     first.click()
     heading(tab, place)
+    settled(tab)
     tab.go_back()
     tab.get_by_role("heading", name="Features").wait_for()
     first.wait_for()
+    settled(tab)
     tab.locator(".js-list thead").get_by_role("link", name="density").click()
     tab.locator("th[aria-sort=descending]", has_text="density").wait_for()
