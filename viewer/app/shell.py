@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
 import streamlit as st
 from streamlit.components.v2 import component
@@ -31,15 +31,17 @@ _RUNS: Kept[runs.Run] = Kept()
 _READY: Kept[threading.Thread] = Kept()
 _STAMPED = (RUN, EVAL, f"index/{TEXTS}/{MANIFEST}", f"{TEXTS}/{MANIFEST}")
 
-# A link has an address, so that it can be copied and opened in another tab; a plain click is told to Python
-# instead, because following an address would load the whole page anew.
+# A link has an address, so that it can be copied and opened in another tab. To follow it would load the whole
+# page anew; a plain click makes it the address instead, and says so as Back and Forward do, which Streamlit
+# answers with one run of the script. (st.switch_page runs it twice and leaves two entries in the history.)
 _FOLLOW = """
-export default function ({ setTriggerValue }) {
+export default function () {
   const follow = (event) => {
     const link = event.target.closest?.("a[data-js-link]");
     if (!link || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
     event.preventDefault();
-    setTriggerValue("to", link.getAttribute("href"));
+    history.pushState({}, "", link.href);
+    dispatchEvent(new PopStateEvent("popstate"));
   };
   document.addEventListener("click", follow);
   return () => document.removeEventListener("click", follow);
@@ -113,25 +115,9 @@ def address(page: str, /, **parameters: object) -> str:
     return f"{PAGES[page] or '.'}?{urlencode({'run': current(), **parameters})}"
 
 
-def go(page: str, /, **parameters: object) -> None:
-    """Shows another page at once."""
-    query = {name: str(value) for name, value in {"run": current(), **parameters}.items()}
-    st.switch_page(st.session_state["pages"][page], query_params=query)
-
-
-def follow_links(shown: str) -> None:
-    """Makes links with `data-js-link` fast. Once in a script, before `shown`, a page of PAGES, is drawn."""
-    clicked = _links()(key="links", on_to_change=lambda: None).to
-    if clicked:
-        page, _, query = clicked.partition("?")
-        names = {where or ".": name for name, where in PAGES.items()}
-        if page in names:
-            parameters = dict(parse_qsl(query, keep_blank_values=True))
-            if names[page] == shown:
-                # this very run of the script can draw it: to switch would begin another
-                st.query_params.from_dict(parameters)
-            else:
-                go(names[page], **parameters)
+def follow_links() -> None:
+    """Makes links with `data-js-link` fast. Once in a script, before the page is drawn."""
+    _links()(key="links")
 
 
 def copy_links() -> None:
