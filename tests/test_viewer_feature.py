@@ -12,7 +12,7 @@ from viewer_fakes import D_SAE, SITES, fake_run
 import viewer
 from viewer import feature_html, markup
 
-PAGE = Path(viewer.__file__).resolve().parent / "app" / "pages" / "feature.py"
+PAGE = Path(viewer.__file__).resolve().parent / "app" / "views" / "feature.py"
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from viewer import listing
 from viewer.catalogue import SORTS, Choice
 from viewer.feature_html import Links
 
-PAGE = Path(viewer.__file__).resolve().parent / "app" / "pages" / "features.py"
+PAGE = Path(viewer.__file__).resolve().parent / "app" / "views" / "features.py"
 
 
 @pytest.fixture(scope="module")

@@ -23,11 +23,9 @@ pages = {
     name: st.Page(FOLDER / f"{name}.py", title=name.capitalize(), url_path=where or None, default=not where)
     for name, where in PAGES.items()
 }
-st.session_state["pages"] = pages
 # the header has the links: Streamlit's own would forget the run
 page = st.navigation(list(pages.values()), position="hidden")
 st.set_page_config(page_title=f"{page.title} · {current()} · jumpscope", page_icon=ICON, layout="wide")
-shown = next(name for name in pages if pages[name] is page)
-follow_links(shown)
-header(shown)
+follow_links()
+header(next(name for name in pages if pages[name] is page))
 page.run()

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import urlencode
 
 import streamlit as st
 from streamlit.components.v2 import component
@@ -31,44 +31,23 @@ _RUNS: Kept[runs.Run] = Kept()
 _READY: Kept[threading.Thread] = Kept()
 _STAMPED = (RUN, EVAL, f"index/{TEXTS}/{MANIFEST}", f"{TEXTS}/{MANIFEST}")
 
-# A link has an address, so that it can be copied and opened in another tab; a plain click is told to Python
-# instead, because following an address would load the whole page anew.
+# A link has an address, so that it can be copied and opened in another tab; a plain click must not load the
+# whole page anew. The browser is told the address, and Streamlit that it went there, as by the Back button:
+# st.switch_page would put an entry of its own into the history, of this page with the other's parameters, and
+# a page that completes its address another.
 _FOLLOW = """
-export default function ({ setTriggerValue }) {
+export default function () {
   const follow = (event) => {
     const link = event.target.closest?.("a[data-js-link]");
     if (!link || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
     event.preventDefault();
-    setTriggerValue("to", link.getAttribute("href"));
+    const turned = link.pathname !== location.pathname;
+    history.pushState({}, "", link.href);
+    window.dispatchEvent(new PopStateEvent("popstate"));
+    if (turned) document.querySelector("[data-testid=stMain]")?.scrollTo(0, 0);
   };
   document.addEventListener("click", follow);
   return () => document.removeEventListener("click", follow);
-}
-"""
-
-# the address that a link to copy leads to, in full; where the clipboard is closed to pages that are not
-# served over https, the old way
-_COPY = """
-export default function () {
-  const copy = async (event) => {
-    const link = event.target.closest?.("a[data-js-copy]");
-    if (!link) return;
-    event.preventDefault();
-    try {
-      await navigator.clipboard.writeText(link.href);
-    } catch {
-      const box = document.body.appendChild(document.createElement("textarea"));
-      box.value = link.href;
-      box.select();
-      document.execCommand("copy");
-      box.remove();
-    }
-    const said = link.textContent;
-    link.textContent = "Copied";
-    setTimeout(() => (link.textContent = said), 1500);
-  };
-  document.addEventListener("click", copy);
-  return () => document.removeEventListener("click", copy);
 }
 """
 
@@ -113,25 +92,9 @@ def address(page: str, /, **parameters: object) -> str:
     return f"{PAGES[page] or '.'}?{urlencode({'run': current(), **parameters})}"
 
 
-def go(page: str, /, **parameters: object) -> None:
-    """Shows another page at once."""
-    query = {name: str(value) for name, value in {"run": current(), **parameters}.items()}
-    st.switch_page(st.session_state["pages"][page], query_params=query)
-
-
-def follow_links(shown: str) -> None:
-    """Makes links with `data-js-link` fast. Once in a script, before `shown`, a page of PAGES, is drawn."""
-    clicked = _links()(key="links", on_to_change=lambda: None).to
-    if clicked:
-        page, _, query = clicked.partition("?")
-        names = {where or ".": name for name, where in PAGES.items()}
-        if page in names:
-            parameters = dict(parse_qsl(query, keep_blank_values=True))
-            if names[page] == shown:
-                # this very run of the script can draw it: to switch would begin another
-                st.query_params.from_dict(parameters)
-            else:
-                go(names[page], **parameters)
+def follow_links() -> None:
+    """Makes links with `data-js-link` fast. Once in a script."""
+    _links()(key="links")
 
 
 def copy_links() -> None:
