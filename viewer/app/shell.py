@@ -51,6 +51,32 @@ export default function () {
 }
 """
 
+# the address that a link to copy leads to, in full; where the clipboard is closed to pages that are not
+# served over https, the old way
+_COPY = """
+export default function () {
+  const copy = async (event) => {
+    const link = event.target.closest?.("a[data-js-copy]");
+    if (!link) return;
+    event.preventDefault();
+    try {
+      await navigator.clipboard.writeText(link.href);
+    } catch {
+      const box = document.body.appendChild(document.createElement("textarea"));
+      box.value = link.href;
+      box.select();
+      document.execCommand("copy");
+      box.remove();
+    }
+    const said = link.textContent;
+    link.textContent = "Copied";
+    setTimeout(() => (link.textContent = said), 1500);
+  };
+  document.addEventListener("click", copy);
+  return () => document.removeEventListener("click", copy);
+}
+"""
+
 
 def run_paths() -> dict[str, Path]:
     """The folders named on the command line, by the names that addresses give them.
