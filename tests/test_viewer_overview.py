@@ -19,7 +19,7 @@ from viewer import figures
 from viewer.health import LOG10_EDGES
 
 APP = Path(viewer.__file__).resolve().parent / "app" / "main.py"
-OVERVIEW = APP.parent / "pages" / "overview.py"
+OVERVIEW = APP.parent / "views" / "overview.py"
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from viewer import markup
 from viewer.app import background, shell
 from viewer.app.token_map import map_data
 
-PROMPT = Path(viewer.__file__).resolve().parent / "app" / "pages" / "prompt.py"
+PROMPT = Path(viewer.__file__).resolve().parent / "app" / "views" / "prompt.py"
 TEXT = "The capital of France"
 HOSTILE = "<script>window.pwned=1</script>\n\u202e🙂 $x$ **b** [a](javascript:1)\ttwo  \x07"
 

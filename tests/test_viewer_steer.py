@@ -14,7 +14,7 @@ import viewer
 from viewer import markup
 from viewer.app import background, live_widgets, shell
 
-STEER = Path(viewer.__file__).resolve().parent / "app" / "pages" / "steer.py"
+STEER = Path(viewer.__file__).resolve().parent / "app" / "views" / "steer.py"
 TEXT = "The capital of"
 PROSE = TEXTS[0]
 

@@ -31,17 +31,20 @@ _RUNS: Kept[runs.Run] = Kept()
 _READY: Kept[threading.Thread] = Kept()
 _STAMPED = (RUN, EVAL, f"index/{TEXTS}/{MANIFEST}", f"{TEXTS}/{MANIFEST}")
 
-# A link has an address, so that it can be copied and opened in another tab. To follow it would load the whole
-# page anew; a plain click makes it the address instead, and says so as Back and Forward do, which Streamlit
-# answers with one run of the script. (st.switch_page runs it twice and leaves two entries in the history.)
+# A link has an address, so that it can be copied and opened in another tab; a plain click must not load the
+# whole page anew. The browser is told the address, and Streamlit that it went there, as by the Back button:
+# st.switch_page would put an entry of its own into the history, of this page with the other's parameters, and
+# a page that completes its address another.
 _FOLLOW = """
 export default function () {
   const follow = (event) => {
     const link = event.target.closest?.("a[data-js-link]");
     if (!link || event.button || event.metaKey || event.ctrlKey || event.shiftKey || event.altKey) return;
     event.preventDefault();
+    const turned = link.pathname !== location.pathname;
     history.pushState({}, "", link.href);
-    dispatchEvent(new PopStateEvent("popstate"));
+    window.dispatchEvent(new PopStateEvent("popstate"));
+    if (turned) document.querySelector("[data-testid=stMain]")?.scrollTo(0, 0);
   };
   document.addEventListener("click", follow);
   return () => document.removeEventListener("click", follow);
@@ -116,7 +119,7 @@ def address(page: str, /, **parameters: object) -> str:
 
 
 def follow_links() -> None:
-    """Makes links with `data-js-link` fast. Once in a script, before the page is drawn."""
+    """Makes links with `data-js-link` fast. Once in a script."""
     _links()(key="links")
 
 
