@@ -1,7 +1,7 @@
 """A comparison of two dictionaries as HTML: how near their latents are, and tables of what became of them."""
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -75,7 +75,8 @@ def table_html(
     """Some rows of one of the tables; `latents` and `labels` are of ours and of theirs."""
     names = found.names
     if kind in ("gone", "merged"):
-        latents, labels, names = latents[::-1], labels[::-1], names[::-1]
+        (a, b), (c, d) = latents, labels
+        latents, labels, names = (b, a), (d, c), names[::-1]
     mine, other = latents
     own = _cells(labels[0](rows["latent"].tolist()))
     if kind in ("split", "merged"):
@@ -88,7 +89,8 @@ def table_html(
         return _table(heads, cells)
     cosine = [f"{value:.3f}" for value in rows["cosine"]]
     near = [other(n) if n >= 0 else "–" for n in rows["other"]]
-    known = _cells(labels[1](rows["other"].tolist())) if len(rows) and rows["other"].min() >= 0 else near
+    others = rows["other"].tolist()
+    known = near if -1 in others else _cells(labels[1](others))
     if kind == "matched":
         heads = [("n", "cosine"), ("", names[0]), ("w", "label"), ("", names[1]), ("w", "label")]
         return _table(heads, zip(cosine, map(mine, rows["latent"]), own, near, known, strict=True))
@@ -148,7 +150,7 @@ def _parts(others: Sequence[int], cosines: Sequence[float], other: Side) -> str:
     return ", ".join(shown + more)
 
 
-def _table(heads: Sequence[tuple[str, str]], rows: object) -> str:
+def _table(heads: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col" class="{kind}">{html.escape(name)}</th>' for kind, name in heads)
     body = "".join(
         "<tr>"
