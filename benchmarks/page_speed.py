@@ -10,6 +10,7 @@ files. Features and words are drawn anew each time, so that little is seen twice
 """
 
 import argparse
+import functools
 import json
 import random
 import socket
@@ -21,6 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import viewer
 
@@ -84,79 +86,72 @@ def measure(url: str, arguments: argparse.Namespace) -> dict[str, dict[str, floa
     from playwright.sync_api import sync_playwright
 
     run = viewer.open(arguments.run)
-    texts = run.index.texts
-    words = [
-        w for w in run.index.strings.of(texts.tokens[texts.keep][:20_000]) if w[1:].isalnum() and len(w) > 3
-    ]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=arguments.chromium, args=FLAGS)
         tab = browser.new_page(viewport={"width": 1440, "height": 900})
         tab.set_default_timeout(60_000)
-
-        def timed(kind: str, act: Callable[[], object]) -> float:
-            tab.evaluate(_WATCH, kind)
-            act()
-            took = tab.evaluate("window.drawn")
-            if took is None:
-                raise SystemExit(f"nothing new was drawn: {tab.locator('body').inner_text()[:400]}")
-            # a person looks before the next click; the strip of layers comes meanwhile
-            tab.wait_for_timeout(400)
-            print(f"{kind} {took:.0f} ms", file=sys.stderr)
-            return took
-
-        def link(selector: str) -> Callable[[], object]:
-            def click_one() -> None:
-                tab.locator(selector).first.wait_for()
-                random.choice(tab.locator(selector).all()).click()
-
-            return click_one
-
-        def search(by: str) -> Callable[[], object]:
-            def type_and_enter() -> None:
-                box = tab.get_by_label("Search", exact=True)
-                word = random.choice(words)
-                box.fill(
-                    word
-                    if by == "token"
-                    else f"{word.strip()} {random.choice(words).strip()}"
-                    if by == "words"
-                    else word.strip()
-                )
-                box.press("Enter")
-
-            return type_and_enter
-
-        times: dict[str, list[float]] = {}
         tab.goto(url)
         tab.locator(".js-facts").first.wait_for()
-        site = run.indexed[len(run.indexed) // 2]
-        tab.goto(f"{url}/feature?site={site}&latent={int(run.site(site).live()[0])}")
-        tab.locator(".js-strip a").first.wait_for()
-        acts: dict[str, Callable[[], object]] = {
-            "next": lambda: tab.get_by_role("button", name="Next").click(),
-            "key": lambda: tab.keyboard.press("ArrowRight"),
-            "neighbour": link(".js-rel a"),
-            "layer": link(".js-strip a"),
-            "random": lambda: tab.get_by_role("button", name="Random").click(),
-        }
-        for name, act in acts.items():
-            times[name] = [timed("feature", act) for _ in range(arguments.times)]
-        tab.goto(f"{url}/features")
-        tab.locator(".js-list tbody tr").first.wait_for()
-        times["page"] = [
-            timed("list", lambda: tab.get_by_role("link", name="Next page").first.click())
-            for _ in range(arguments.times)
-        ]
-        times["sort"] = [
-            timed("list", link(".js-list th a:is(:text('density'), :text('label'), :text('token'))"))
-            for _ in range(arguments.times // 3)
-        ]
-        for by in ("words", "token", "label"):
-            tab.goto(f"{url}/features?by={by}")
-            tab.locator(".js-list tbody tr").first.wait_for()
-            times[f"search {by}"] = [timed("list", search(by)) for _ in range(arguments.times // 3)]
+        times = _features(tab, url, run, arguments.times) | _tables(tab, url, run, arguments.times)
         browser.close()
     return {name: _summary(taken) for name, taken in times.items()}
+
+
+def _features(tab: Any, url: str, run: viewer.Run, times: int) -> dict[str, list[float]]:
+    site = run.indexed[len(run.indexed) // 2]
+    tab.goto(f"{url}/feature?site={site}&latent={int(run.site(site).live()[0])}")
+    tab.locator(".js-strip a").first.wait_for()
+    acts: dict[str, Callable[[], object]] = {
+        "next": lambda: tab.get_by_role("button", name="Next").click(),
+        "key": lambda: tab.keyboard.press("ArrowRight"),
+        "neighbour": lambda: _click_one(tab, ".js-rel a"),
+        "layer": lambda: _click_one(tab, ".js-strip a"),
+        "random": lambda: tab.get_by_role("button", name="Random").click(),
+    }
+    return {name: [_timed(tab, "feature", act) for _ in range(times)] for name, act in acts.items()}
+
+
+def _tables(tab: Any, url: str, run: viewer.Run, times: int) -> dict[str, list[float]]:
+    def opened(query: str) -> None:
+        tab.goto(f"{url}/features?{query}")
+        tab.locator(".js-list tbody tr").first.wait_for()
+
+    texts = run.index.texts
+    read = run.index.strings.of(texts.tokens[texts.keep][:20_000])
+    words = [text.strip() for text in read if text[1:].isalnum() and len(text) > 3]
+
+    def search(number: int) -> None:
+        box = tab.get_by_label("Search", exact=True)
+        box.fill(" ".join(random.sample(words, number)))
+        box.press("Enter")
+
+    opened("")
+    following = tab.get_by_role("link", name="Next page").first
+    taken = {"page": [_timed(tab, "list", following.click) for _ in range(times)]}
+    # columns in which values differ, so that another order shows
+    heads = ".js-list th a:is(:text('density'), :text('label'), :text('fires on'))"
+    taken["sort"] = [_timed(tab, "list", lambda: _click_one(tab, heads)) for _ in range(times)]
+    for by, number in {"words": 2, "token": 1, "label": 1}.items():
+        opened(f"by={by}")
+        act = functools.partial(search, number)
+        taken[f"search {by}"] = [_timed(tab, "list", act) for _ in range(times)]
+    return taken
+
+
+def _timed(tab: Any, kind: str, act: Callable[[], object]) -> float:
+    tab.evaluate(_WATCH, kind)
+    act()
+    took = tab.evaluate("window.drawn")
+    if took is None:
+        raise SystemExit(f"nothing new was drawn: {tab.locator('body').inner_text()[:400]}")
+    # a person looks before the next click; the strip of layers comes meanwhile
+    tab.wait_for_timeout(400)
+    return took
+
+
+def _click_one(tab: Any, selector: str) -> None:
+    tab.locator(selector).first.wait_for()
+    random.choice(tab.locator(selector).all()).click()
 
 
 def _summary(taken: list[float]) -> dict[str, float]:

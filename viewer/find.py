@@ -98,9 +98,13 @@ def find_text(text: str, index: IndexFolder, sites: Sequence[str], limit: int) -
         score = (weight / weight.sum()) @ (1 - np.prod(1 - proof, axis=1))
         best = np.argsort(-score, kind="stable")[:limit]
         best = best[score[best] > 0]
-        why = [_why(words, proof[:, :, latent]) for latent in best]
-        frames.append(pd.DataFrame({"site": site, "latent": best, "why": why, "score": score[best]}))
-    return _best(pd.concat(frames, ignore_index=True), index, limit).loc[:, _COLUMNS]
+        frames.append(pd.DataFrame({"site": site, "latent": best, "score": score[best]}))
+    found = _best(pd.concat(frames, ignore_index=True), index, limit)
+    found["why"] = [
+        _why(words, proofs[site][:, :, latent])
+        for site, latent in zip(found["site"], found["latent"], strict=True)
+    ]
+    return found.loc[:, _COLUMNS]
 
 
 def find_like(like: Feature, index: IndexFolder, sites: Sequence[str], limit: int) -> pd.DataFrame:

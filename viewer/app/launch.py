@@ -49,14 +49,9 @@ def launch(
     found = [runs.open(path).path.resolve() for path in paths]
     _check_port(address, port)
     # Streamlit takes most of a second to import, and only a viewer needs it
-    from streamlit.runtime.pages_manager import PagesManager
     from streamlit.web import bootstrap
 
     from viewer.app import shell
-
-    # until main.py has run once, Streamlit would take the folder `pages` beside it for its older kind of app,
-    # and an address of a page would show it without the rest
-    PagesManager.uses_pages_directory = False
 
     threading.Thread(target=shell.warm, args=(found,), daemon=True).start()
     flags = options(port=port, headless=headless, address=address)

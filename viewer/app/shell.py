@@ -31,10 +31,9 @@ _RUNS: Kept[runs.Run] = Kept()
 _READY: Kept[threading.Thread] = Kept()
 _STAMPED = (RUN, EVAL, f"index/{TEXTS}/{MANIFEST}", f"{TEXTS}/{MANIFEST}")
 
-# A link has an address, so that it can be copied and opened in another tab; a plain click must not load the
-# whole page anew. The browser is told the address, and Streamlit that it went there, as by the Back button:
-# st.switch_page would put an entry of its own into the history, of this page with the other's parameters, and
-# a page that completes its address another.
+# A link has an address, so that it can be copied and opened in another tab. To follow it would load the whole
+# page anew; a plain click makes it the address instead, and says so as Back and Forward do, which Streamlit
+# answers with one run of the script. (st.switch_page runs it twice and leaves two entries in the history.)
 _FOLLOW = """
 export default function () {
   const follow = (event) => {
@@ -43,7 +42,7 @@ export default function () {
     event.preventDefault();
     const turned = link.pathname !== location.pathname;
     history.pushState({}, "", link.href);
-    window.dispatchEvent(new PopStateEvent("popstate"));
+    dispatchEvent(new PopStateEvent("popstate"));
     if (turned) document.querySelector("[data-testid=stMain]")?.scrollTo(0, 0);
   };
   document.addEventListener("click", follow);
@@ -119,7 +118,7 @@ def address(page: str, /, **parameters: object) -> str:
 
 
 def follow_links() -> None:
-    """Makes links with `data-js-link` fast. Once in a script."""
+    """Makes links with `data-js-link` fast. Once in a script, before the page is drawn."""
     _links()(key="links")
 
 
