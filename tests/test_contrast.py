@@ -63,7 +63,11 @@ def test_text_and_links_of_the_theme(theme):
     for paper in papers(theme):
         assert contrast(colour(theme["textColor"]), paper) >= TEXT
         assert contrast(colour(theme["linkColor"]), paper) >= TEXT
-        assert contrast(colour(theme["primaryColor"]), paper) >= GRAPHIC
+        # Streamlit writes values of sliders and chosen options in it
+        assert contrast(colour(theme["primaryColor"]), paper) >= TEXT
+    light, dark = re.search(r"light-dark\((#\w+),(#\w+)\)", STYLES["header.py"]).groups()
+    on_buttons = light if theme is launch._LIGHT else dark
+    assert contrast(colour(on_buttons), colour(theme["primaryColor"])) >= TEXT
 
 
 @pytest.mark.parametrize("theme", THEMES.values(), ids=THEMES)

@@ -13,7 +13,7 @@ from websockets.sync.client import connect
 
 import viewer
 
-SESSIONS, VISITS, PATIENCE = 20, 5, 60.0
+SESSIONS, VISITS, PATIENCE = 20, 3, 60.0
 
 
 class Session:
@@ -72,7 +72,7 @@ def test_twenty_sessions_at_once_each_see_their_own(runs, address):
                 feature = run.site(site)[latent]
                 # what this page says and no other does, all together
                 pages[name, site, latent] = (
-                    feature.title().replace("_", "\\\\_"),
+                    f"<h1>{feature.title()}</h1>",
                     f"<b>{feature.firings:,}</b><span>firings</span>",
                     f"<b>{feature.facts()[0][1]}</b>",
                 )
@@ -86,7 +86,7 @@ def test_twenty_sessions_at_once_each_see_their_own(runs, address):
                 drawn = session.show("feature", run=name, site=site, latent=latent)
                 wrong += [(key, text) for text in pages[key] if text not in drawn]
                 drawn = session.show("", run=name)
-                links = {other: f"feature?{urlencode({'run': other})}&amp;" in drawn for other in runs}
+                links = {other: f"features?{urlencode({'run': other})}&amp;site=" in drawn for other in runs}
                 wrong += [(name, links)] if links != {other: other == name for other in runs} else []
         return wrong
 

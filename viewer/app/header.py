@@ -8,9 +8,11 @@ from sae.errors import UserError
 from viewer import markup
 from viewer.app.shell import PAGES, address, current, open_run, run_paths
 
+# Streamlit writes white on its main buttons, which a light teal on dark paper does not bear
 STYLE = """<style>
 .stMainBlockContainer{padding-top:.75rem!important} .stAppHeader{height:2.75rem;min-height:0;
   background:none;pointer-events:none} .stAppHeader *{pointer-events:auto}
+[data-testid=stBaseButton-primary] *{color:light-dark(#ffffff,#14181b)}
 .js-head{display:flex;flex-wrap:wrap;align-items:baseline;gap:.25rem 1.5rem;min-height:2.4rem;
   border-bottom:1px solid rgba(128,128,128,.3);padding-right:2.5rem}
 .js-head nav{display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;flex:1 1 auto}
