@@ -100,10 +100,11 @@ def test_every_kind_of_link_leads_where_it_says_and_back(tab, page):
     # the other pages are in the header of each
     assert {path for path, _ in links} >= {name or "." for name in PAGES.values()} - {PAGES[page] or "."}
     for target in links.values():
-        tab.evaluate(
-            "target => [...document.querySelectorAll('a[data-js-link]')]"
-            ".find(link => link.getAttribute('href') === target).click()",
-            target,
+        tab.wait_for_function(
+            "target => { const links = [...document.querySelectorAll('a[data-js-link]')];"
+            " const link = links.find(link => link.getAttribute('href') === target);"
+            " link?.click(); return link !== undefined; }",
+            arg=target,
         )
         assert at(tab, target), (target, tab.url)
         tab.go_back()
@@ -167,7 +168,8 @@ def test_hostile_addresses_and_labels_never_run(tab, page):
     # whatever name a page may read
     names = ("site", "latent", "q", "by", "sort", "state", "with", "hub", "cosine", "show", "part", "page")
     more = ("run", "text", "prompt", "f", "label", "token", "tokens", "layer", "latents", "strength")
-    for asked in (dict.fromkeys((*names, *more), HOSTILE), {"q": HOSTILE}, {"text": HOSTILE}, {}):
+    alone = {"features": [{"q": HOSTILE}], "prompt": [{"text": HOSTILE}]}
+    for asked in (dict.fromkeys((*names, *more), HOSTILE), {}, *alone.get(page, [])):
         tab.goto(where(page, **asked))
         settled(tab)
         # time for an onerror to fire, if there were one
