@@ -110,8 +110,9 @@ def watched(browser, address, *, width=390, height=844):
 
 def settled(tab):
     """Waits until the page is drawn; whether all of it fits the width of the window is checked too."""
-    tab.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
+    # before anything is drawn the script does not run yet
     tab.locator("[data-testid=stMain] :is(h1, h2, [data-testid=stAlert])").first.wait_for()
+    tab.locator("[data-testid=stApp][data-test-script-state=notRunning]").wait_for()
     assert tab.locator("[data-testid=stException]").count() == 0
     width = tab.viewport_size["width"]
     for place in ("document.documentElement", "document.querySelector('[data-testid=stMain]')"):

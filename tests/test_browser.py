@@ -120,6 +120,7 @@ def test_back_forward_and_reload_keep_what_is_shown(tab, folders):
     tab.get_by_role("heading", name=titles[0], exact=True).wait_for()
     for title in titles[1:]:
         settled(tab)
+        tab.get_by_role("button", name="Next").wait_for()
         tab.keyboard.press("ArrowRight")
         tab.get_by_role("heading", name=title, exact=True).wait_for()
     settled(tab)
