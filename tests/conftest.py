@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 import transformers
@@ -12,6 +13,10 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 
 from activations.models import LanguageModel, load_model
+
+# machines that run tests are slow at times, and no test is about time
+hypothesis.settings.register_profile("jumpscope", deadline=None)
+hypothesis.settings.load_profile("jumpscope")
 
 TEXTS = [
     "The capital of France is Paris, and the capital of Italy is Rome.",

@@ -11,12 +11,12 @@ from test_evals import make_blocks
 from viewer_fakes import SITES, FakeModel, fake_blocks, fake_run
 
 import sae
+import viewer
 from sae.dictionary import ARCHITECTURES
 from sae.errors import UserError
 from sae.sparse import SparseEncoder
 from train.cli.main import main
 from train.evals import evaluate
-from viewer.features import open as open_run
 from viewer.index.build import build_index
 
 SITE, BEFORE = "blocks.1.hook_resid_post", "blocks.1.hook_resid_mid"
@@ -166,7 +166,7 @@ def test_every_architecture_can_be_indexed_and_browsed(architecture, tmp_path):
     }
     blocks = fake_blocks()
     build_index(FakeModel(), dictionaries, lambda start: blocks, run.index_root, text={}, examples=4)
-    site, made = open_run(run.path).layer(0), dictionaries[SITES[0]]
+    site, made = viewer.open(run.path).layer(0), dictionaries[SITES[0]]
     x = torch.cat([FakeModel().activations(b.tokens, SITES)[SITES[0]][b.keep] for b in blocks])
     fired = (made.encode(x) > 0).sum(0)
     latent = int(fired.argmax())
@@ -174,4 +174,4 @@ def test_every_architecture_can_be_indexed_and_browsed(architecture, tmp_path):
     assert feature.firings == int(fired[latent])
     assert (feature.threshold is None) == (architecture in ("topk", "gated"))
     assert ("threshold" in repr(feature)) == (feature.threshold is not None)
-    assert "Examples" in feature._repr_html_() and len(site.latents()) == 24
+    assert "Highest" in feature._repr_html_() and len(site.latents()) == 24

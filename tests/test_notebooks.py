@@ -77,7 +77,7 @@ def test_find_and_steer(trained, monkeypatch):
     parameters = {"RUN": str(trained[0]), "TEXT": text, "LAYER": 1, "NEW_TOKENS": 5, "TEXTS": texts}
     word = trained_word(trained, text)
     screen, names = execute(STEER, {**parameters, "WORD": word}, monkeypatch)
-    assert sum("without" in page and "steered" in page for page in screen) == len(names["STRENGTHS"])
+    assert sum("Without" in page and "steer" in page for page in screen) == len(names["STRENGTHS"])
     assert names["change"].frame["text"].nunique() == 2
 
 
