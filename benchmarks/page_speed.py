@@ -27,15 +27,15 @@ from typing import Any
 import viewer
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-# drawn is what was not there: a new heading with new text below, or new rows
+# drawn is what was not there: a new heading with new text below, new rows, or the word that there are none
 _WATCH = """
 (kind) => {
   const heading = () => document.querySelector(".js-f h1")?.textContent ?? "";
-  const list = () => document.querySelector(".js-list tbody")?.textContent ?? "";
+  const list = () => document.querySelector(".js-list tbody, .js-state")?.textContent ?? "";
   const now = () => kind === "feature"
     ? [heading(), document.querySelector(".js-two")?.textContent ?? "",
        document.querySelectorAll(".js-two .js-h").length]
-    : [list(), list(), document.querySelectorAll(".js-list tbody tr").length];
+    : [list(), list(), document.querySelectorAll(".js-list tbody tr, .js-state").length];
   const before = now();
   window.drawn = new Promise((resolve) => {
     let start = null;
@@ -118,7 +118,7 @@ def _tables(tab: Any, url: str, run: viewer.Run, times: int) -> dict[str, list[f
 
     texts = run.index.texts
     read = run.index.strings.of(texts.tokens[texts.keep][:20_000])
-    words = [text.strip() for text in read if text[1:].isalnum() and len(text) > 3]
+    words = list({text.strip() for text in read if text[1:].isalnum() and len(text) > 3})
 
     def search(number: int) -> None:
         box = tab.get_by_label("Search", exact=True)
