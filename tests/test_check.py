@@ -13,6 +13,7 @@ from activations.sites import site_name
 from sae.dialects.parts import shift_input
 from sae.probe import differences
 from sae.sparse import SparseEncoder
+from train.causes import Candidate, norm_weight
 from train.diagnosis import check, published_l0
 from train.fit import Rows, as_text, measure, per_token, scaled, usual_scales
 from train.search import Published
@@ -175,6 +176,21 @@ def test_gemmas_one_plus_weight_is_named(model, blocks):
     stored = model.bridge.blocks[1].ln2.original_component.weight.detach()
     wrong = rebuilt(healthy, {"W_enc": healthy.W_enc * (stored / (1 + stored))[:, None]})
     assert "1 + w" in explained(model, blocks, wrong, "folded norms", like=healthy).summary
+
+
+def test_a_coordinate_without_a_weight_is_left_as_it_is(healthy):
+    base = Candidate(causes=(), what="", remedy="", make=lambda: healthy, site=(SITE, SITE))
+    gain = torch.full((32,), 3.0)
+    gain[4], gain[5] = torch.nan, 1.0
+    folded, taken_out = (one.put_right().W_enc / healthy.W_enc for one in norm_weight(base, gain))
+    torch.testing.assert_close(folded[0], torch.full((32,), 1.5))
+    torch.testing.assert_close(taken_out[0], torch.full((32,), 2 / 3))
+    torch.testing.assert_close(torch.stack([folded[4], folded[5], taken_out[4]]), torch.ones(3, 32))
+
+
+def test_narrow_weights_that_overflow_are_passed_over(model, blocks, healthy):
+    large = rebuilt(scaled(healthy, 300.0), {n: p.half() for n, p in tensors(scaled(healthy, 300.0)).items()})
+    assert diagnosed(model, blocks, large).cause.candidate.causes == ("scale",)
 
 
 @pytest.mark.parametrize("names", [("W_enc",), ("W_dec",), ("W_enc", "W_dec")])

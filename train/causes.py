@@ -338,13 +338,13 @@ def norm_weight(base: Candidate, gain: Float[Tensor, " d_in"]) -> Iterator[Candi
     Taking the stored weight for the whole is the usual slip of who folds such a norm into an encoder.
     """
     stored = gain - 1
-    if not bool((stored != 0).all()):
-        return
     for what, line, factor in (
         ("folded in as w instead of 1 + w", "W_enc *= (1 + w) / w", gain / stored),
         ("taken out as w instead of 1 + w", "W_enc *= w / (1 + w)", stored / gain),
     ):
-        change = functools.partial(_weighted, factor=factor)
+        # a coordinate that is 0 in all rows tells no weight, and needs none
+        known = factor.nan_to_num(nan=1.0, posinf=1.0, neginf=1.0)
+        change = functools.partial(_weighted, factor=known)
         yield base.then("folded norms", f"the norm's weight was {what}", line, change)
 
 

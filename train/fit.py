@@ -15,6 +15,7 @@ from activations.harvest import harvest_rows
 from activations.models import LanguageModel
 from sae.architectures import build
 from sae.dictionary import Dictionary
+from sae.errors import UserError
 from sae.sparse import SparseEncoder
 from train.evals import first_tokens
 
@@ -89,7 +90,12 @@ class ScaleScan:
     def fit(self, factor: float) -> Fit:
         """How the dictionary fits when activations are multiplied before it and divided after."""
         if factor not in self._known:
-            self._known[factor] = measure(SparseEncoder(scaled(self._dictionary, factor)), self._x, self._y)
+            try:
+                encoder = SparseEncoder(scaled(self._dictionary, factor))
+            except UserError:  # narrow weights overflow
+                self._known[factor] = Fit(0.0, math.inf)
+            else:
+                self._known[factor] = measure(encoder, self._x, self._y)
         return self._known[factor]
 
     def fvu(self, factor: float) -> float:

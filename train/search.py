@@ -2,6 +2,7 @@
 is believed (`train.diagnosis` says it in words).
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,7 @@ from functools import cached_property
 from activations.models import LanguageModel
 from activations.sites import kind_of, layer_of, site_name
 from sae.dictionary import Dictionary
+from sae.errors import UserError
 from sae.sparse import SparseEncoder
 from train import causes
 from train.causes import Candidate
@@ -200,7 +202,8 @@ class Search:
 
     def _all(self, candidates: Iterable[Candidate]) -> None:
         for candidate in candidates:
-            self._try(candidate)
+            with contextlib.suppress(UserError):  # weights that overflow with the change explain nothing
+                self._try(candidate)
 
     def _try(self, candidate: Candidate) -> Tried:
         dictionary = candidate.make()
