@@ -57,6 +57,20 @@ def make_folder(path: Path | str) -> Path:
     return path
 
 
+def append_whole(path: Path | str, data: bytes) -> None:
+    """Appends to a file all of `data`, or nothing when the disk refuses, which is a UserError."""
+    path = Path(path)
+    # unbuffered, so that nothing is written after the file was cut back
+    with disk_errors(path), path.open("ab", buffering=0) as file:
+        before, rest = file.tell(), memoryview(data)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except BaseException:
+            file.truncate(before)
+            raise
+
+
 def atomic_write(path: Path | str, content: bytes | Callable[[Path], object]) -> None:
     """Writes a file so that a reader sees the old one or the whole new one, never a part.
 

@@ -1,17 +1,12 @@
 """Each page of the viewer, run by Streamlit's own tester."""
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-from streamlit.testing.v1 import AppTest
+from page_fakes import APP, VIEWS, page_app
 from viewer_fakes import SITES, fake_run
 
-import viewer
-
-APP = Path(viewer.__file__).resolve().parent / "app" / "main.py"
-OVERVIEW, FEATURE = APP.parent / "views" / "overview.py", APP.parent / "views" / "feature.py"
+OVERVIEW, FEATURE = VIEWS / "overview.py", VIEWS / "feature.py"
 
 
 @pytest.fixture(scope="module")
@@ -21,18 +16,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def show(monkeypatch):
-    def shown(script, folder, **query):
-        monkeypatch.setattr(sys, "argv", ["main.py", str(folder)])
-        app = AppTest.from_file(str(script), default_timeout=30)
-        for name, value in query.items():
-            app.query_params[name] = value
-        return app.run()
-
-    return shown
-
-
-def html_of(app):
-    return "".join(str(element.proto.body) for element in app.get("html"))
+    return lambda script, *folders, **query: page_app(monkeypatch, script, *folders, **query).run()
 
 
 def test_the_whole_app_starts_on_the_overview(show, folder):

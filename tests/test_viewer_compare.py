@@ -1,18 +1,15 @@
 """The page that compares: what `Run.compare` says, in the address, linked, and safe to offer to strangers."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from streamlit.testing.v1 import AppTest
+from page_fakes import VIEWS, address, html_of, page_app
 from viewer_fakes import D_MODEL, D_SAE, SITES, fake_dictionary, fake_run
 
 import sae
 import viewer
 from viewer.app import others
 
-PAGE = Path(viewer.__file__).resolve().parent / "app" / "views" / "compare.py"
+PAGE = VIEWS / "compare.py"
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +27,7 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def show(monkeypatch):
-    def shown(*paths, **query):
-        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, paths)])
-        app = AppTest.from_file(str(PAGE), default_timeout=30)
-        for name, value in query.items():
-            app.query_params[name] = value
-        return app.run()
-
-    return shown
-
-
-def html_of(app):
-    return "".join(str(element.proto.body) for element in app.get("html"))
-
-
-def address(app):
-    return {k: v[0] if isinstance(v, list) else v for k, v in app.query_params.items()}
+    return lambda *folders, **query: page_app(monkeypatch, PAGE, *folders, **query).run()
 
 
 def test_it_shows_what_the_api_says(show, folders):

@@ -1,18 +1,16 @@
 """The feature page: what it shows, its links, its address, and labels with two viewers at once."""
 
 import shutil
-import sys
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-from streamlit.testing.v1 import AppTest
+from page_fakes import VIEWS, address, html_of, page_app, press
 from viewer_fakes import D_SAE, SITES, fake_run
 
 import viewer
 from viewer import feature_html, markup
 
-PAGE = Path(viewer.__file__).resolve().parent / "app" / "views" / "feature.py"
+PAGE = VIEWS / "feature.py"
 
 
 @pytest.fixture(scope="module")
@@ -22,28 +20,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def show(monkeypatch):
-    def shown(folder, **query):
-        monkeypatch.setattr(sys, "argv", ["main.py", str(folder)])
-        app = AppTest.from_file(str(PAGE), default_timeout=30)
-        for name, value in query.items():
-            app.query_params[name] = value
-        return app.run()
-
-    return shown
-
-
-def html_of(app):
-    return "".join(str(element.proto.body) for element in app.get("html"))
-
-
-def address(app):
-    """The query as the browser would show it; the tester gives lists for what it was told itself."""
-    return {k: v[0] if isinstance(v, list) else v for k, v in app.query_params.items()}
-
-
-def press(app, label):
-    next(button for button in app.button if button.label == label).click().run()
-    assert not app.exception
+    return lambda *folders, **query: page_app(monkeypatch, PAGE, *folders, **query).run()
 
 
 def test_it_shows_what_the_api_says(show, folder):

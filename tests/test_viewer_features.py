@@ -2,14 +2,12 @@
 
 import html
 import re
-import sys
-from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pandas as pd
 import pytest
-from streamlit.testing.v1 import AppTest
+from page_fakes import VIEWS, address, html_of, page_app
 from viewer_fakes import D_SAE, SITES, fake_run
 
 import viewer
@@ -18,7 +16,7 @@ from viewer import listing
 from viewer.catalogue import SORTS, Choice
 from viewer.feature_html import Links
 
-PAGE = Path(viewer.__file__).resolve().parent / "app" / "views" / "features.py"
+PAGE = VIEWS / "features.py"
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +31,7 @@ def run(folder):
 
 @pytest.fixture
 def show(monkeypatch):
-    def shown(folder, **query):
-        monkeypatch.setattr(sys, "argv", ["main.py", str(folder)])
-        app = AppTest.from_file(str(PAGE), default_timeout=30)
-        for name, value in query.items():
-            app.query_params[name] = value
-        return app.run()
-
-    return shown
-
-
-def html_of(app):
-    return "".join(str(element.proto.body) for element in app.get("html"))
-
-
-def address(app):
-    return {k: v[0] if isinstance(v, list) else v for k, v in app.query_params.items()}
+    return lambda *folders, **query: page_app(monkeypatch, PAGE, *folders, **query).run()
 
 
 def shown_latents(app):

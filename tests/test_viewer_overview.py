@@ -3,14 +3,12 @@
 import json
 import re
 import shutil
-import sys
 from itertools import pairwise
-from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import pytest
-from streamlit.testing.v1 import AppTest
+from page_fakes import APP, VIEWS, html_of, page_app
 from viewer_fakes import D_SAE, SITES, fake_run
 
 import viewer
@@ -18,8 +16,7 @@ from train.run_folder import RunFolder
 from viewer import figures
 from viewer.health import LOG10_EDGES
 
-APP = Path(viewer.__file__).resolve().parent / "app" / "main.py"
-OVERVIEW = APP.parent / "views" / "overview.py"
+OVERVIEW = VIEWS / "overview.py"
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +26,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def show(monkeypatch):
-    def shown(script, *folders, **query):
-        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, folders)])
-        app = AppTest.from_file(str(script), default_timeout=30)
-        for name, value in query.items():
-            app.query_params[name] = value
-        return app.run()
-
-    return shown
-
-
-def html_of(app):
-    return "".join(str(element.proto.body) for element in app.get("html"))
+    return lambda script, *folders, **query: page_app(monkeypatch, script, *folders, **query).run()
 
 
 def said(elements):

@@ -1,13 +1,10 @@
 """The prompt page: a text through all layers, and what explains its next token."""
 
 import json
-import sys
-import time
-from pathlib import Path
 
 import pytest
 from conftest import TEXTS
-from streamlit.testing.v1 import AppTest
+from page_fakes import VIEWS, address, html_of, page_app, wait_for_model
 from tiny_run import SITES, tiny_run
 
 import viewer
@@ -15,7 +12,7 @@ from viewer import markup
 from viewer.app import background, shell
 from viewer.app.token_map import map_data
 
-PROMPT = Path(viewer.__file__).resolve().parent / "app" / "views" / "prompt.py"
+PROMPT = VIEWS / "prompt.py"
 TEXT = "The capital of France"
 HOSTILE = "<script>window.pwned=1</script>\n\u202e🙂 $x$ **b** [a](javascript:1)\ttwo  \x07"
 
@@ -30,25 +27,12 @@ def show(monkeypatch):
     """A page of a run, once its model is loaded or known to be absent."""
 
     def shown(script, folder, *, wait=True, **query):
-        monkeypatch.setattr(sys, "argv", ["main.py", str(folder)])
-        app = AppTest.from_file(str(script), default_timeout=60)
-        for name, value in query.items():
-            app.query_params[name] = value
+        app = page_app(monkeypatch, script, folder, **query)
         if wait:
-            live = background.resident(shell.open_run(folder.name))
-            while live.state == "loading":
-                time.sleep(0.02)
+            wait_for_model(folder)
         return app.run()
 
     return shown
-
-
-def html_of(app):
-    return "".join(str(element.proto.body) for element in app.get("html"))
-
-
-def address(app):
-    return {k: v[0] if isinstance(v, list) else v for k, v in app.query_params.items()}
 
 
 def drawn(app):

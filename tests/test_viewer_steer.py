@@ -1,20 +1,17 @@
 """The steer page and the boxes of a feature's page: the model with features steered, beside itself."""
 
 import html
-import sys
-import time
-from pathlib import Path
 
 import pytest
 from conftest import TEXTS
-from streamlit.testing.v1 import AppTest
+from page_fakes import VIEWS, address, html_of, page_app, press, wait_for_model
 from tiny_run import D_SAE, SILENT, SITES, tiny_run
 
 import viewer
 from viewer import markup
-from viewer.app import background, live_widgets, shell
+from viewer.app import live_widgets, shell
 
-STEER = Path(viewer.__file__).resolve().parent / "app" / "views" / "steer.py"
+STEER = VIEWS / "steer.py"
 TEXT = "The capital of"
 PROSE = TEXTS[0]
 
@@ -27,14 +24,8 @@ def folder(tmp_path_factory, tiny_folder):
 @pytest.fixture
 def show(monkeypatch):
     def shown(folder, script=STEER, **query):
-        monkeypatch.setattr(sys, "argv", ["main.py", str(folder)])
-        make = AppTest.from_function if callable(script) else AppTest.from_file
-        app = make(script if callable(script) else str(script), default_timeout=60)
-        for name, value in query.items():
-            app.query_params[name] = value
-        live = background.resident(shell.open_run(folder.name))
-        while live.state == "loading":
-            time.sleep(0.02)
+        app = page_app(monkeypatch, script, folder, **query)
+        wait_for_model(folder)
         return app.run()
 
     return shown
@@ -47,21 +38,9 @@ def latents(folder):
     return [int(run.site(site).live()[0]) for site in SITES]
 
 
-def html_of(app):
-    return "".join(str(element.proto.body) for element in app.get("html"))
-
-
-def address(app):
-    return {k: v[0] if isinstance(v, list) else v for k, v in app.query_params.items()}
-
-
 def whole(app):
     assert not app.exception and not app.error, (app.exception, [e.value for e in app.error])
     return app
-
-
-def press(app, label):
-    next(button for button in app.button if button.label == label).click().run()
 
 
 def test_nothing_is_steered_at_first(show, folder):

@@ -17,7 +17,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from sae.errors import UserError
-from sae.files import disk_errors, make_folder, read_json, write_json
+from sae.files import append_whole, disk_errors, make_folder, read_json, write_json
 
 _log = logging.getLogger(__name__)
 
@@ -113,17 +113,8 @@ class RunFolder:
 
     def log(self, lines: list[dict[str, Any]]) -> None:
         """Appends lines to metrics.jsonl: all of them, or none when the disk refuses."""
-        rest = memoryview("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
-        path = self.path / METRICS
-        # unbuffered, so that nothing is written after the file was cut back
-        with disk_errors(path), path.open("ab", buffering=0) as file:
-            before = file.tell()
-            try:
-                while rest:
-                    rest = rest[file.write(rest) :]
-            except BaseException:
-                file.truncate(before)
-                raise
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        append_whole(self.path / METRICS, text.encode())
 
     def sync_metrics(self) -> int:
         """Makes metrics.jsonl last as it stands; returns its bytes."""

@@ -15,7 +15,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from sae.errors import UserError
-from sae.files import disk_errors, make_folder
+from sae.files import append_whole, disk_errors, make_folder
 
 ANNOTATIONS = "labels.jsonl"
 FIELDS = ("label", "notes")
@@ -65,20 +65,15 @@ class Annotations:
             ) from None
 
     def _append(self, line: bytes) -> None:
-        # unbuffered, so that nothing is written after the file was cut back
-        with self.path.open("ab+", buffering=0) as file:
-            end = file.seek(0, 2)
-            if end:
-                file.seek(end - 1)
-                # a writer that was killed may have left half a line
-                line = line if file.read(1) == b"\n" else b"\n" + line
-            try:
-                rest = memoryview(line)
-                while rest:
-                    rest = rest[file.write(rest) :]
-            except BaseException:
-                file.truncate(end)
-                raise
+        # a writer that was killed may have left half a line
+        append_whole(self.path, line if self._ends_a_line() else b"\n" + line)
+
+    def _ends_a_line(self) -> bool:
+        if not self.path.is_file() or not self.path.stat().st_size:
+            return True
+        with self.path.open("rb") as file:
+            file.seek(-1, 2)
+            return file.read(1) == b"\n"
 
     def _read(self) -> _Values:
         try:
