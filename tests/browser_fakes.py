@@ -9,10 +9,15 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
+from playwright.sync_api import TimeoutError as NotThere
+from playwright.sync_api import sync_playwright
+from viewer_fakes import SITES
 
 import viewer
+from viewer.app.shell import PAGES
 
 CHROMIUM = "/usr/bin/chromium"
 NEEDS_BROWSER = pytest.mark.skipif(not os.path.exists(CHROMIUM), reason=f"no {CHROMIUM} on this machine")
@@ -24,6 +29,12 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+START = {
+    "features": {"site": SITES[0], "sort": "max"},
+    "feature": {"site": SITES[1], "latent": "5"},
+    "compare": {"with": "other", "site": SITES[0], "cosine": "0.3", "show": "matched"},
+}
+"""What the addresses of pages of the fake runs `mine` and `other` ask for."""
 ROOT = str(Path(viewer.__file__).resolve().parent.parent)
 
 
@@ -67,8 +78,6 @@ def served(folders, scratch, port=None):
 @contextlib.contextmanager
 def chromium():
     """A browser, to be shared by the tests of a file."""
-    from playwright.sync_api import sync_playwright
-
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
         yield browser
@@ -108,6 +117,11 @@ def watched(browser, address, *, width=390, height=844):
         context.close()
 
 
+def where(page, /, **query):
+    """A page's address."""
+    return f"/{PAGES[page]}?{urlencode({'run': 'mine', **START.get(page, {}), **query})}"
+
+
 def settled(tab):
     """Waits until the page is drawn; whether all of it fits the width of the window is checked too."""
     # before anything is drawn the script does not run yet
@@ -117,6 +131,19 @@ def settled(tab):
     width = tab.viewport_size["width"]
     for place in ("document.documentElement", "document.querySelector('[data-testid=stMain]')"):
         assert tab.evaluate(f"{place}.scrollWidth") <= width, tab.url
+
+
+def pressed_until(tab, key, sign):
+    """Presses a key, as a person would again where nothing came of it, until something shows.
+
+    Streamlit binds a button's key anew whenever it draws the button: on a busy machine one can fall between.
+    """
+    for _ in range(10):
+        tab.keyboard.press(key)
+        with contextlib.suppress(NotThere):
+            sign.wait_for(timeout=6_000)
+            return
+    sign.wait_for(timeout=1)
 
 
 def _answers(url):

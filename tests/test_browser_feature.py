@@ -47,9 +47,9 @@ def test_a_label_is_written_by_keyboard_alone(tab, folder):
     tab.goto(f"/feature?site={SITES[0]}&latent=5")
     heading(tab, "0 resid_post · 5")
     settled(tab)
-    tab.keyboard.press("e")
     box = tab.get_by_role("dialog").get_by_label("Label", exact=True)
-    box.click()
+    pressed_until(tab, "e", box)
+    box.fill("")
     # d and the arrows are the page's keys, but not in a box
     tab.keyboard.type("dead leaves")
     tab.keyboard.press("ArrowLeft")

@@ -1,5 +1,7 @@
 """The page that compares: what `Run.compare` says, in the address, linked, and safe to offer to strangers."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from page_fakes import VIEWS, address, html_of, page_app
@@ -137,11 +139,13 @@ def test_runs_without_a_common_site_are_told(show, folders, tmp_path):
 
 
 @pytest.fixture
-def published(monkeypatch):
-    """What sae.load is asked for; the hub has one dictionary."""
-    asked = []
+def published(monkeypatch, folders):
+    """What sae.load is asked for beside the runs' own; the hub has one dictionary."""
+    asked, real = [], sae.load
 
     def load(name):
+        if isinstance(name, Path) and any(folder in name.parents for folder in folders):
+            return real(name)
         asked.append(name)
         return fake_dictionary(SITES[0], seed=5)
 

@@ -5,16 +5,17 @@ Scores are from 0 to 1 and are told at each function; `why` says in words what a
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int, Int64
 
 from activations.sites import layer_of
 from sae.errors import UserError
 from viewer.features import Feature, Site
 from viewer.markup import percent, readable
-from viewer.tables import IndexFolder, SiteTables, containing, stem
+from viewer.tables import IndexFolder, SiteTables, place_of, stem
 from viewer.windows import near
 
 # what a word counts for where it is found: nothing but a label or all of a latent's activation is full proof
@@ -28,6 +29,14 @@ _COLUMNS = ["site", "layer", "latent", "label", "why", "score"]
 _PROOFS = ("label", "drivers", "context", "logits")
 
 
+class _Word(NamedTuple):
+    """A word that is looked for: its stem, the tokens that have it, and the places (`place_of`) near one."""
+
+    stem: str
+    tokens: Int[np.ndarray, " token"]
+    context: Int64[np.ndarray, " place"]
+
+
 def find_token(token: str | int, index: IndexFolder, sites: Sequence[str], limit: int) -> pd.DataFrame:
     """Latents that the token drives: site, layer, latent, label, why, score and the numbers behind it.
 
@@ -36,14 +45,14 @@ def find_token(token: str | int, index: IndexFolder, sites: Sequence[str], limit
     numbers are exact. Searched are each latent's ten first tokens by activation and by lift: whatever is
     left out has a share under 1/11. Raises UserError when the indexed text does not have the token.
     """
-    wanted = index.strings.ids(token) if isinstance(token, str) else [token]
+    wanted = np.array(index.strings.ids(token) if isinstance(token, str) else [token])
     occurrences = int((np.isin(index.texts.tokens, wanted) & index.texts.keep).sum())
     if not occurrences:
         raise UserError("the token must be in the indexed text", repr(token), _token_hint(token, index))
     frames = []
     for site in sites:
         drivers = index.site(site).all_drivers
-        here = np.flatnonzero(np.isin(drivers["token"], wanted))
+        here = np.sort(index.site(site).drivers_of.of(wanted))
         names = ("latent", "token", "count", "share", "lift", "mean")
         frame = pd.DataFrame({name: drivers[name][here] for name in names})
         frame = frame.drop_duplicates(["latent", "token"]).drop(columns="token")
@@ -73,31 +82,20 @@ def find_text(text: str, index: IndexFolder, sites: Sequence[str], limit: int) -
     words = list(dict.fromkeys(stem(word) for word in re.findall(r"\w+", text)))
     if not words:
         raise UserError("find needs a word", repr(text), "give one or several, or look for a token")
-    tokens = [index.strings.by_word.get(word, []) for word in words]
-    contexts = [near(index.texts, np.array(ids, np.int64), _REACH) for ids in tokens]
-    proofs = {
-        site: np.stack(
-            [
-                _proof(
-                    index.site(site),
-                    index.annotations.labels(site),
-                    word,
-                    np.array(ids, np.int64),
-                    context,
-                )
-                for word, ids, context in zip(words, tokens, contexts, strict=True)
-            ]
-        )
-        for site in sites
-    }
+    tokens = [np.array(index.strings.by_word.get(word, []), np.int64) for word in words]
+    sought = [
+        _Word(word, ids, place_of(*near(index.texts, ids, _REACH).nonzero()))
+        for word, ids in zip(words, tokens, strict=True)
+    ]
+    proofs = {site: _proof(index.site(site), index.annotations.labels(site), sought) for site in sites}
     found_anywhere = [sum(int((p[n].max(0) > 0).sum()) for p in proofs.values()) for n in range(len(words))]
     total = sum(p.shape[2] for p in proofs.values())
     weight = np.log1p(total / (1 + np.array(found_anywhere)))
     frames = []
     for site, proof in proofs.items():
         score = (weight / weight.sum()) @ (1 - np.prod(1 - proof, axis=1))
-        best = np.argsort(-score, kind="stable")[:limit]
-        best = best[score[best] > 0]
+        some = np.flatnonzero(score)
+        best = some[np.argsort(-score[some], kind="stable")[:limit]]
         frames.append(pd.DataFrame({"site": site, "latent": best, "score": score[best]}))
     found = _best(pd.concat(frames, ignore_index=True), index, limit)
     found["why"] = [
@@ -179,39 +177,41 @@ def _together(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def _proof(
-    tables: SiteTables,
-    own: dict[int, str],
-    word: str,
-    tokens: Int[np.ndarray, " token"],
-    context: np.ndarray,
-) -> Float[np.ndarray, "proof latent"]:
-    """What each latent of a site has of a word, in the order of _PROOFS. `own` is people's labels."""
-    proof = np.zeros((len(_PROOFS), tables.n_latents))
+    tables: SiteTables, own: dict[int, str], words: Sequence[_Word]
+) -> Float64[np.ndarray, "word proof latent"]:
+    """What each latent of a site has of each word, in the order of _PROOFS. `own` is people's labels."""
+    proof = np.zeros((len(words), len(_PROOFS), tables.n_latents))
+    for found, word in zip(proof, words, strict=True):
+        _in_labels(found[0], tables, own, word.stem)
+        if len(word.tokens):
+            _in_evidence(found, tables, word)
+    return np.minimum(proof, 1.0, out=proof)
+
+
+def _in_labels(
+    proof: Float64[np.ndarray, " latent"], tables: SiteTables, own: dict[int, str], word: str
+) -> None:
     # first the labels that have a word's beginning, since its plural may end otherwise
-    begins = containing(tables.folded_labels, word.removesuffix("y"))
-    begins[[latent for latent in own if latent < len(begins)]] = False
-    some = {int(latent): tables.automatic_labels[latent] for latent in np.flatnonzero(begins)} | own
+    begins = tables.labelled(word.removesuffix("y"))
+    some = {latent: tables.automatic_labels[latent] for latent in begins} | own
     for latent, label in some.items():
         if latent < tables.n_latents and any(stem(found) == word for found in re.findall(r"\w+", label)):
-            proof[0, latent] = _IN_LABEL
-    if len(tokens):
-        drivers = tables.all_drivers
-        hit = np.flatnonzero(np.isin(drivers["token"], tokens))
-        # a token may be there by activation and by lift
-        hit = hit[
-            np.unique(np.stack([drivers["latent"][hit], drivers["token"][hit]]), axis=1, return_index=True)[1]
-        ]
-        np.add.at(proof[1], drivers["latent"][hit], drivers["share"][hit])
-        examples = tables.top_examples
-        inside = context[examples["block"], examples["peak"]]
-        number = np.bincount(examples["latent"], minlength=tables.n_latents)
-        proof[2] = (
-            _IN_CONTEXT * np.bincount(examples["latent"], inside, tables.n_latents) / np.maximum(number, 1)
-        )
-        raised = tables.raised
-        hit = np.isin(raised["token"], tokens)
-        np.maximum.at(proof[3], raised["latent"][hit], _IN_LOGITS / (1 + raised["rank"][hit]))
-    return np.minimum(proof, 1.0)
+            proof[latent] = _IN_LABEL
+
+
+def _in_evidence(proof: Float64[np.ndarray, "proof latent"], tables: SiteTables, word: _Word) -> None:
+    drivers = tables.all_drivers
+    hit = tables.drivers_of.of(word.tokens)
+    # a token may be there by activation and by lift
+    pair = drivers["latent"][hit].astype(np.int64) << 32 | drivers["token"][hit]
+    hit = hit[np.unique(pair, return_index=True)[1]]
+    np.add.at(proof[1], drivers["latent"][hit], drivers["share"][hit])
+    near_by = tables.top_examples["latent"][tables.examples_at.of(word.context)]
+    number = np.bincount(near_by, minlength=tables.n_latents)
+    np.divide(_IN_CONTEXT * number, tables.n_top_examples, out=proof[2], where=number > 0)
+    raised = tables.raised
+    hit = tables.raised_by.of(word.tokens)
+    np.maximum.at(proof[3], raised["latent"][hit], _IN_LOGITS / (1 + raised["rank"][hit]))
 
 
 def _why(words: list[str], proof: Float[np.ndarray, "word proof"]) -> str:

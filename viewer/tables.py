@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 import sae
@@ -117,6 +117,22 @@ class Strings:
         return found
 
 
+class Inverted:
+    """Where each value stands in an array of whole numbers; sorted once, a look-up reads its hits alone."""
+
+    def __init__(self, values: Int[np.ndarray, " place"]) -> None:
+        self._places = np.argsort(values, kind="stable").astype(np.int32)
+        self._values = values[self._places]
+
+    def of(self, wanted: Int[np.ndarray, " value"]) -> Int[np.ndarray, " hit"]:
+        """The places of any of `wanted`, which has no value twice: in its order, and rising for each."""
+        first, last = (np.searchsorted(self._values, wanted, side) for side in ("left", "right"))
+        count = last - first
+        # the n-th hit of a value lies n behind its first place
+        behind = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+        return self._places[np.repeat(first, count) + behind]
+
+
 class SiteTables:
     """One site's part of an index. Raises UserError when it is torn or absent."""
 
@@ -166,6 +182,23 @@ class SiteTables:
         return pa.array([label.casefold() for label in self.automatic_labels], pa.string())
 
     @once
+    def _label_text(self) -> tuple[str, Int[np.ndarray, " latent"]]:
+        """All of them in one text, a line each, and where each begins: one string is searched far faster."""
+        labels = [label.replace("\n", " ") for label in self.folded_labels.to_pylist()]
+        lengths = np.array([0, *(len(label) + 1 for label in labels)])
+        return "\n".join(labels), np.cumsum(lengths)[:-1]
+
+    def labelled(self, part: str) -> list[int]:
+        """The latents whose automatic label has a part, in one case and without a line break."""
+        text, starts = self._label_text
+        found, at = [], text.find(part)
+        while at >= 0:
+            found.append(int(np.searchsorted(starts, at, "right")) - 1)
+            end = text.find("\n", at)
+            at = text.find(part, end) if end >= 0 else -1
+        return found
+
+    @once
     def top_driver(self) -> Int[np.ndarray, " latent"]:
         """The token that drives each latent most, by share of its activation; -1 for none."""
         drivers = self.all_drivers
@@ -190,6 +223,26 @@ class SiteTables:
         return {name: table[name].to_numpy()[best] for name in ("latent", "block", "peak")}
 
     @once
+    def drivers_of(self) -> Inverted:
+        """Rows of `all_drivers` by token."""
+        return Inverted(self.all_drivers["token"])
+
+    @once
+    def raised_by(self) -> Inverted:
+        """Rows of `raised` by token."""
+        return Inverted(self.raised["token"])
+
+    @once
+    def examples_at(self) -> Inverted:
+        """Rows of `top_examples` by `place_of` their peak."""
+        return Inverted(place_of(self.top_examples["block"], self.top_examples["peak"]))
+
+    @once
+    def n_top_examples(self) -> Int[np.ndarray, " latent"]:
+        """How many of these each latent has."""
+        return np.bincount(self.top_examples["latent"], minlength=self.n_latents)
+
+    @once
     def raised(self) -> dict[str, np.ndarray]:
         """latent, token and rank of every entry of `top_tokens`, best first within a latent."""
         table = self.latents.columns(["latent", "top_tokens"])
@@ -209,11 +262,12 @@ class SiteTables:
     def warm(self) -> None:
         """Reads all that a search reads."""
         _ = (
-            self.folded_labels,
-            self.all_drivers,
+            self._label_text,
+            self.drivers_of,
             self.top_driver,
-            self.top_examples,
-            self.raised,
+            self.examples_at,
+            self.n_top_examples,
+            self.raised_by,
             self.scalars,
         )
 
@@ -295,6 +349,13 @@ def stem(text: str) -> str:
     if word.endswith("ies") and len(word) > 4:
         return word[:-3] + "y"
     return word[:-1] if word.endswith("s") and not word.endswith("ss") and len(word) > 3 else word
+
+
+def place_of(
+    block: Int[np.ndarray, " place"], position: Int[np.ndarray, " place"]
+) -> Int64[np.ndarray, " place"]:
+    """One number for a place in the text; they rise with block and position."""
+    return block.astype(np.int64) << 32 | position
 
 
 def containing(texts: pa.Array, part: str) -> Bool[np.ndarray, " text"]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 
 from viewer.index.firings import Texts
 from viewer.tables import Strings
@@ -38,7 +38,7 @@ def windows(
     return frame
 
 
-def near(texts: Texts, wanted: Int[np.ndarray, " token"], reach: int) -> np.ndarray:
+def near(texts: Texts, wanted: Int[np.ndarray, " token"], reach: int) -> Bool[np.ndarray, "block pos"]:
     """Where a token of `wanted` is at most `reach` tokens away in the same document: a mask [block, pos]."""
     hit = np.isin(texts.tokens, wanted)
     found = hit.copy()

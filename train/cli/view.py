@@ -1,6 +1,5 @@
 """`jumpscope view RUN...`."""
 
-import ipaddress
 import socket
 from collections.abc import Sequence
 
@@ -8,7 +7,7 @@ import viewer
 from train.cli.console import say
 from train.cli.options import ViewOptions
 from train.cli.parsing import parse
-from viewer.app.launch import launch
+from viewer.app.launch import launch, reach
 
 
 def run(argv: list[str]) -> None:
@@ -27,11 +26,8 @@ def serve(options: ViewOptions) -> None:
 
 def where(address: str, port: int, runs: Sequence[str]) -> str:
     """What a user is told: where the viewer is, and who can reach it when that is not only themselves."""
-    try:
-        ip = ipaddress.ip_address(address)
-        local, anywhere = ip.is_loopback, ip.is_unspecified
-    except ValueError:
-        local, anywhere = address == "localhost", False
+    near = reach(address)
+    local, anywhere = near == "this machine", near == "any network"
     host = "localhost" if local and ":" not in address else socket.gethostname() if anywhere else address
     host = f"[{host}]" if ":" in host else host
     text = f"The viewer of {', '.join(runs)}: http://{host}:{port} (Ctrl-C ends it)."

@@ -6,7 +6,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sae.errors import UserError
 from viewer import runs
@@ -35,6 +35,15 @@ _THEME = {
     "headingFontWeights": [600, 600, 600],
     "headingFontSizes": ["2rem", "1.6rem", "1.2rem"],
 }
+
+
+def reach(address: str) -> Literal["this machine", "any network", "one network"]:
+    """From where a server that listens at `address` can be reached."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return "this machine" if address == "localhost" else "one network"
+    return "this machine" if ip.is_loopback else "any network" if ip.is_unspecified else "one network"
 
 
 def launch(

@@ -6,7 +6,6 @@ fetched, and what was compared, is kept by the server for all sessions.
 """
 
 import dataclasses
-import ipaddress
 import os
 
 import streamlit as st
@@ -15,6 +14,7 @@ import sae
 from sae.dialects.ids import parse_id
 from sae.dialects.saelens import WEIGHTS
 from sae.errors import UserError
+from viewer.app.launch import reach
 from viewer.compare import Comparison
 from viewer.index.storage import MANIFEST
 from viewer.once import Kept
@@ -40,15 +40,7 @@ class Other:
 def may_fetch() -> bool:
     """Whether who is asking is at this machine."""
     forwarded = any(name.lower() in ("x-forwarded-for", "forwarded") for name in st.context.headers)
-    return _is_local(st.get_option("server.address") or "0.0.0.0") and not forwarded
-
-
-def _is_local(address: str) -> bool:
-    """Whether only this machine reaches what listens there."""
-    try:
-        return ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return address == "localhost"
+    return reach(st.get_option("server.address") or "0.0.0.0") == "this machine" and not forwarded
 
 
 def fetched(name: str) -> sae.Dictionary | None:
