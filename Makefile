@@ -34,8 +34,9 @@ lint: $(VENV)/.installed-dev
 types: $(VENV)/.installed-dev
 	@$(BIN)/pyright
 
+# several processes of several threads each: one that waits must sleep, or it takes the core from one that works
 pytest: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile $(ARGS)
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff check --fix-only --quiet .

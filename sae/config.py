@@ -1,12 +1,15 @@
-"""What every config dataclass can do: become plain values, and come back from them."""
+"""What every config dataclass can do: become plain values, and come back from them. Needs no torch."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sae.errors import UserError
 
 _C = TypeVar("_C", bound="Config")
+
+SparsityKind = Literal["quadratic", "quadratic_token", "linear", "frequency"]
+"""The sparsity terms of `sae.losses`."""
 
 
 class Config:

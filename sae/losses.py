@@ -8,15 +8,13 @@ is the same derivative written out for the sparse step.
 """
 
 import dataclasses
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sae.config import SparsityKind
 from sae.errors import UserError
-
-SparsityKind = Literal["quadratic", "quadratic_token", "linear", "frequency"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from sae.errors import UserError
-from sae.files import (
-    atomic_write,
-    load_tensors,
-    make_folder,
-    read_json,
-    save_tensors,
-    sha256_file,
-    write_json,
-)
+from sae.files import atomic_write, make_folder, read_json, sha256_file, write_json
+from sae.tensor_files import load_tensors, save_tensors
 
 AS_ROOT = hasattr(os, "geteuid") and os.geteuid() == 0
 

@@ -19,16 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.files import (
-    disk_errors,
-    load_tensors,
-    make_folder,
-    read_json,
-    save_tensors,
-    sha256_file,
-    sync_folder,
-    write_json,
-)
+from sae.files import disk_errors, make_folder, read_json, sha256_file, sync_folder, write_json
+from sae.tensor_files import load_tensors, save_tensors
 
 _log = logging.getLogger(__name__)
 

@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from sae.config import Config
+from sae.config import Config, SparsityKind
 from sae.errors import UserError
-from sae.losses import SparsityKind
 from sae.numbers import parse_count, parse_size, parse_width
 
 

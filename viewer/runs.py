@@ -15,15 +15,15 @@ import pandas as pd
 import sae
 from activations.sites import kind_of, layer_of, site_label
 from sae.errors import UserError
-from train.run_folder import RUN, RunFolder
+from train.run_folder import RunFolder
 from viewer import find, markup
 from viewer.catalogue import Catalogue, Choice, Found
 from viewer.compare import Comparison, compare
 from viewer.features import Feature, Site
 from viewer.health import NUMBERS, site_health
-from viewer.index.storage import MANIFEST, TEXTS
 from viewer.live.calls import LiveCalls
 from viewer.once import Kept
+from viewer.places import find_place
 from viewer.query import query
 from viewer.tables import IndexFolder, SiteTables
 
@@ -337,14 +337,5 @@ def open(path: Path | str, *, model: "LanguageModel | None" = None) -> Run:
 
     `model` is for the calls that need one (trace, steer, ablate, attribute); without it they load the run's.
     """
-    path = Path(path)
-    if not (path / RUN).is_file():
-        # a dictionary's folder with its index, the index, or one site of it
-        for index, home in ((path / "index", path), (path, path), (path.parent, path.parent)):
-            if (index.parent / RUN).is_file() and index.name == "index":
-                path = index.parent
-                break
-            if (index / TEXTS / MANIFEST).is_file():
-                return Run(home, index, None, model)
-    folder = RunFolder.open(path)
-    return Run(folder.path, folder.path / "index", folder, model)
+    place = find_place(path)
+    return Run(place.home, place.index, place.folder, model)

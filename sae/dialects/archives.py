@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from sae.errors import UserError
-from sae.files import load_tensors, read_json
+from sae.files import read_json
 from sae.numbers import format_size
+from sae.tensor_files import load_tensors
 
 Kind = Literal["npz", "safetensors", "pt"]
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from sae.dialects.found import Found, Values, layer_in
 from sae.dialects.parts import Parts, as_thresholds, cannot, make_parts, wrong
-from sae.files import save_tensors, write_json
+from sae.files import write_json
+from sae.tensor_files import save_tensors
 
 NAME = "gemma-scope-2"
 CONFIG, WEIGHTS = "config.json", "params.safetensors"

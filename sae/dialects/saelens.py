@@ -16,9 +16,10 @@ from sae.dialects.found import Found, Values
 from sae.dialects.parts import Parts, cannot, make_parts, shift_input, transposed, widened, wrong
 from sae.dictionary import Dictionary, DictionaryConfig
 from sae.errors import UserError
-from sae.files import save_tensors, write_json
+from sae.files import write_json
 from sae.probe import Probe, check
 from sae.probe_file import PROBE, read_probe, write_probe
+from sae.tensor_files import save_tensors
 
 NAME = "saelens"
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"

@@ -6,7 +6,8 @@ from pathlib import Path
 from sae.dialects.archives import read_config
 from sae.dialects.found import Found, Values
 from sae.dialects.parts import Parts, cannot, make_parts, shift_input, transposed, wrong
-from sae.files import save_tensors, write_json
+from sae.files import write_json
+from sae.tensor_files import save_tensors
 
 NAME = "sparsify"
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"

@@ -3,11 +3,11 @@
 import socket
 from collections.abc import Sequence
 
-import viewer
 from train.cli.console import say
 from train.cli.options import ViewOptions
 from train.cli.parsing import parse
 from viewer.app.launch import launch, reach
+from viewer.places import find_place
 
 
 def run(argv: list[str]) -> None:
@@ -19,7 +19,7 @@ def run(argv: list[str]) -> None:
 def serve(options: ViewOptions) -> None:
     """Says where the viewer is and who can reach it, and runs it."""
     for path in options.runs:
-        viewer.open(path)  # refuses before anything is said
+        find_place(path)  # refuses before anything is said
     say(where(options.address, options.port, options.runs))
     launch(options.runs, port=options.port, headless=options.headless, address=options.address)
 

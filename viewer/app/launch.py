@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sae.errors import UserError
-from viewer import runs
+from viewer.places import find_place
 
 APP = Path(__file__).resolve().with_name("main.py")
 _LIGHT = {
@@ -55,17 +55,22 @@ def launch(
     -m streamlit` would let a train.py in the current folder stand in front of our package. Raises UserError
     when one of `paths` is neither a run folder nor an index, or the port is taken.
     """
-    found = [runs.open(path).path.resolve() for path in paths]
+    found = [find_place(path).home.resolve() for path in paths]
     _check_port(address, port)
     # Streamlit takes most of a second to import, and only a viewer needs it
     from streamlit.web import bootstrap
 
-    from viewer.app import shell
-
-    threading.Thread(target=shell.warm, args=(found,), daemon=True).start()
+    threading.Thread(target=_warm, args=(found,), daemon=True).start()
     flags = options(port=port, headless=headless, address=address)
     bootstrap.load_config_options(flags)
     bootstrap.run(str(APP), False, [str(path) for path in found], flags)
+
+
+def _warm(paths: Sequence[Path]) -> None:
+    # here and not before the server: it imports torch, which takes as long as the browser needs for its part
+    from viewer.app import shell
+
+    shell.warm(paths)
 
 
 def options(*, port: int, headless: bool, address: str) -> dict[str, Any]:

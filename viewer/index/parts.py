@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from activations.blocks import Cursor, TokenBlocks
-from sae.files import atomic_write, disk_errors, make_folder, read_json, save_tensors, write_json
+from sae.files import atomic_write, disk_errors, make_folder, read_json, write_json
 from sae.sparse import SparseLatents
+from sae.tensor_files import save_tensors
 from viewer.index.firings import RowLists, Texts
 
 _PASS = "pass.json"

@@ -23,21 +23,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sae.errors import UserError
-from sae.files import (
-    atomic_write,
-    load_tensors,
-    make_folder,
-    read_json,
-    save_tensors,
-    sha256_file,
-    write_json,
-)
+from sae.files import atomic_write, make_folder, read_json, sha256_file, write_json
+from sae.tensor_files import load_tensors, save_tensors
 from viewer.index.firings import Firings, Texts
 from viewer.once import Kept
+from viewer.places import MANIFEST, TEXTS
 
 _AGAIN = "build the index again with `jumpscope index`"
 FORMAT, VERSION = "jumpscope feature index", 2
-MANIFEST, TOKENS, TEXTS = "manifest.json", "tokens.parquet", "texts"
+TOKENS = "tokens.parquet"
 FIRINGS, LATENTS, EXAMPLES = "firings.safetensors", "latents.parquet", "examples.parquet"
 DRIVERS, RELATED = "drivers.parquet", "related.parquet"
 _TEXTS_FILE = "texts.safetensors"
