@@ -119,7 +119,7 @@ def test_many_rows_come_in_parts(show, tmp_path):
         sae.save(dictionary, folder.site_dir(SITES[0]))
         paths.append(folder.path)
     page = html_of(show(*paths, site=SITES[0], show="new", cosine="1.0", part="3"))
-    assert "101 to 120 of 120" in page and page.count("<tr>") == 21 and "part=2" in page
+    assert "<b>101 to 120</b> of 120" in page and page.count("<tr>") == 21 and "part=2" in page
     # without an index there is no page to lead to
     assert "feature?" not in page and "has no index here" in page
 

@@ -258,7 +258,7 @@ def test_the_table_tells_its_order_and_what_is_odd():
         "duplicate of 1" in page and ">dense<" in page and "<b>&lt;i&gt;</b>" in page and "a &amp; b" in page
     )
     assert all(f"?sort={name}" in page for name in SORTS)
-    ways = listing.pages_html(101, 2, 50, links, lambda number: f"?page={number}")
+    ways = listing.pages_html(101, 2, 50, links.attributes, lambda number: f"?page={number}")
     assert "<b>51 to 100</b> of 101" in ways and "?page=1" in ways and "?page=3" in ways
-    ways = listing.pages_html(101, 3, 50, links, lambda number: f"?page={number}")
+    ways = listing.pages_html(101, 3, 50, links.attributes, lambda number: f"?page={number}")
     assert "<b>101 to 101</b>" in ways and "<span>Next page</span>" in ways

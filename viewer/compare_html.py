@@ -31,8 +31,7 @@ STYLE = """<style>
 .js-tabs [aria-current]{font-weight:600;border-color:rgb(20,150,130)}
 .js-cmp td,.js-cmp th{text-align:left!important;vertical-align:top} .js-cmp .n{text-align:right!important}
 .js-cmp .w{white-space:normal;min-width:11rem;overflow-wrap:anywhere}
-.js-pages{display:flex;flex-wrap:wrap;gap:.25rem 1.25rem;margin:.75rem 0;font-size:.9rem}
-.js-tabs a:focus-visible,.js-cmp a:focus-visible,.js-pages a:focus-visible{outline:2px solid rgb(20,150,130);
+.js-tabs a:focus-visible,.js-cmp a:focus-visible{outline:2px solid rgb(20,150,130);
   outline-offset:2px}
 </style>"""
 

@@ -18,13 +18,15 @@ STYLE = """<style>
 .js-list td{vertical-align:top} .js-list td .js-t{white-space:pre}
 .js-list tbody tr:hover{background:rgba(128,128,128,.1)}
 .js-list th a{text-decoration:none;color:inherit} .js-list th a:hover{text-decoration:underline}
-.js-list a:focus-visible,.js-pages a:focus-visible{outline:2px solid rgb(20,150,130);outline-offset:2px;
-  border-radius:3px}
+.js-list a:focus-visible{outline:2px solid rgb(20,150,130);outline-offset:2px;border-radius:3px}
+.js-badge{border:1px solid currentColor;border-radius:3px;padding:0 .3rem;font-size:.75rem}
+</style>"""
+PAGES_STYLE = """<style>
 .js-pages{display:flex;flex-wrap:wrap;gap:.3rem 1.2rem;align-items:baseline;font-size:.9rem;
   margin:.2rem 0 .5rem;
   font-variant-numeric:tabular-nums} .js-pages a{color:inherit;font-weight:600;text-underline-offset:3px;
   text-decoration-color:rgb(20,150,130)} .js-pages span{opacity:.75}
-.js-badge{border:1px solid currentColor;border-radius:3px;padding:0 .3rem;font-size:.75rem}
+.js-pages a:focus-visible{outline:2px solid rgb(20,150,130);outline-offset:2px;border-radius:3px}
 </style>"""
 _COLUMNS = {
     "score": "score",
@@ -63,17 +65,18 @@ def table_html(
 
 
 def pages_html(
-    total: int, page: int, size: int, links: Links, to: Callable[[int], str], name: str = "pages"
+    total: int, page: int, size: int, attributes: str, to: Callable[[int], str], name: str = "pages"
 ) -> str:
-    """Which rows of how many are shown, and the ways to the others. `to` gives a page's address.
+    """Which rows of how many are shown, and the ways to the others. `to` gives a page's address, unescaped.
 
-    `name` is for those who cannot see where it stands: two on a page need two.
+    `attributes` are those of each link, with PAGES_STYLE on the page. `name` is for those who
+    cannot see where it stands: two on a page need two.
     """
     pages = max(1, math.ceil(total / size))
     low, high = (page - 1) * size + 1, min(total, page * size)
     ways = {"First": 1, "Previous page": page - 1, "Next page": page + 1, "Last": pages}
     shown = [
-        f'<a href="{html.escape(to(number))}" {links.attributes}>{way}</a>'
+        f'<a href="{html.escape(to(number))}" {attributes}>{way}</a>'
         if 1 <= number <= pages and number != page
         else f"<span>{way}</span>"
         for way, number in ways.items()

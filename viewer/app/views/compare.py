@@ -8,7 +8,7 @@ import streamlit as st
 
 from activations.sites import site_label
 from sae.errors import UserError
-from viewer import compare_html, markup
+from viewer import compare_html, listing, markup
 from viewer.app import others
 from viewer.app.others import Other
 from viewer.app.shell import address, current, open_run, plain, render, run_paths, set_address
@@ -67,7 +67,6 @@ def _usual_site(sites: Sequence[str], other: Other) -> str:
 
 def _draw(run: Run, other: Other, found: Comparison, shown: str, part: int, at: Callable[..., str]) -> None:
     site = found.site
-
     rows = getattr(found, shown)
     parts = max(1, math.ceil(len(rows) / ROWS))
     part = min(part, parts)
@@ -77,6 +76,12 @@ def _draw(run: Run, other: Other, found: Comparison, shown: str, part: int, at: 
         lambda n: _latent(other.name, site, n, other.run is not None and site in other.run.indexed),
     )
     labels = (lambda ns: _labels(run, site, ns), lambda ns: _labels(other.run, site, ns))
+    pages = ""
+    if parts > 1:
+        link = 'target="_self" data-js-link'
+        pages = listing.PAGES_STYLE + listing.pages_html(
+            len(rows), part, ROWS, link, lambda number: at(part=number), "rows"
+        )
     st.html(
         compare_html.STYLE
         + compare_html.cosines_html(found)
@@ -87,7 +92,7 @@ def _draw(run: Run, other: Other, found: Comparison, shown: str, part: int, at: 
             if len(here)
             else '<p class="js-h">None. Another cosine may find some.</p>'
         )
-        + _parts_html(part, parts, len(rows), at)
+        + pages
         + markup.note_html(_told(run, other, found))
     )
 
@@ -192,20 +197,6 @@ def _labels(run: Run | None, site: str, latents: Sequence[int]) -> Sequence[str]
     if run is None or site not in run.indexed:
         return [""] * len(latents)
     return run.index.labels_of(site, latents)
-
-
-def _parts_html(part: int, parts: int, total: int, at: Callable[..., str]) -> str:
-    if parts == 1:
-        return ""
-    ways = ((part - 1, "← Previous"), (part + 1, "Next →"))
-    links = [
-        f'<a href="{html.escape(at(part=to))}" target="_self" data-js-link>{name}</a>'
-        for to, name in ways
-        if 1 <= to <= parts
-    ]
-    first = (part - 1) * ROWS + 1
-    told = f"<span>{first:,} to {min(total, first + ROWS - 1):,} of {total:,}</span>"
-    return f'<nav class="js-pages" aria-label="Rows">{told}{"".join(links)}</nav>'
 
 
 def _told(run: Run, other: Other, found: Comparison) -> str:

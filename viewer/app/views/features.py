@@ -142,11 +142,13 @@ def table_html(asked: dict[str, str], choice: Choice, found: Found, page: int) -
 
     rises = (choice.sort not in _FALLING) != choice.reverse
     above, below = (
-        listing.pages_html(found.total, page, PAGE, links, lambda number: to(page=str(number)), name)
+        listing.pages_html(
+            found.total, page, PAGE, links.attributes, lambda number: to(page=str(number)), name
+        )
         for name in ("pages, above the table", "pages, below the table")
     )
     table = listing.table_html(found.rows, links, (choice.sort, rises), sort)
-    return f"{listing.STYLE}{above}{table}{below if len(found.rows) > 20 else ''}"
+    return f"{listing.STYLE}{listing.PAGES_STYLE}{above}{table}{below if len(found.rows) > 20 else ''}"
 
 
 def _by_token(run: Run, text: str, sites: list[str] | None) -> pd.DataFrame:
