@@ -21,13 +21,16 @@ PER_LATENT = ("W_enc_t", "b_enc", "W_dec", "threshold")
 
 
 class Meeting:
-    """Where so many threads add up tensors. A thread that fails breaks the others' wait."""
+    """Where so many threads add up tensors. Between two meetings one runs at a time: Triton's interpreter
+    takes no two. A thread that fails breaks the others' wait.
+    """
 
     def __init__(self, count: int) -> None:
         self.count, self.seen = count, [0] * count
         """How many tensors each has added."""
         self._given: list[Tensor] = [torch.empty(0)] * count
-        self._barrier = threading.Barrier(count, timeout=60)
+        self._barrier = threading.Barrier(count, timeout=600)
+        self._turn = threading.Lock()
 
     def shard(self, index: int, d_sae: int) -> Shard:
         """One of the shards."""
@@ -36,23 +39,31 @@ class Meeting:
             assert tensor.is_contiguous()
             self._given[index] = tensor.clone()
             self.seen[index] += 1
-            self._barrier.wait()
+            self._meet()
             shapes = {(each.shape, each.dtype) for each in self._given}
             total = torch.zeros_like(tensor)
             for each in self._given:
                 total += each
-            self._barrier.wait()
+            self._meet()
             assert len(shapes) == 1, shapes
             tensor.copy_(total)
 
         return Shard(index, self.count, d_sae, add)
+
+    def _meet(self) -> None:
+        self._turn.release()
+        try:
+            self._barrier.wait()
+        finally:
+            self._turn.acquire()
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         """What `work(index)` returns in a thread for each shard."""
 
         def tell(index: int) -> Any:
             try:
-                return work(index)
+                with self._turn:
+                    return work(index)
             except BaseException:
                 self._barrier.abort()
                 raise

@@ -130,11 +130,12 @@ class Step(Forward):
             value = sparsity_value(settings.sparsity, l0, rate, target)
             rows, latents = sparsity_gradient(settings.sparsity, l0, rate, target)
         self.gamma_rows, self.gamma_latents = rows.numpy(), latents.numpy()
+        if self.shard is not None and settings.sparsity.kind == "frequency":
+            self.shard.add(value)
         total = self.squared_error.sum() + self.row_norm.sum() + self.y_square
         finite = torch.tensor(bool(np.isfinite(total)) and bool(torch.isfinite(value)))
         if self.shard is not None:
-            in_parts = settings.sparsity.kind == "frequency"
-            finite, value = self.shard.decide(finite, value, in_parts=in_parts)
+            finite = self.shard.all(finite)
         return StepFigures(
             squared_error=torch.from_numpy(self.squared_error),
             l0=l0,

@@ -141,15 +141,15 @@ def reference_gradients(
     if weights.tied:
         gradients["b_dec"] = gradients["b_dec"] + whole(gradients.pop("b_in"))
     finite, least = torch.isfinite(loss.detach() + x.sum() + y.sum()), _least(pre.detach(), gate)
-    sparsity = sparsity.detach()
     if shard is not None:
-        finite, sparsity = shard.decide(finite, sparsity, in_parts=settings.sparsity.kind == "frequency")
-        least = shard.gather(least).amin()
+        finite, least = shard.all(finite), shard.gather(least).amin()
+        if settings.sparsity.kind == "frequency":
+            sparsity = whole(sparsity)
     figures = StepFigures(
         squared_error=squared_error.detach(),
         l0=l0.detach(),
         fired=gate.sum(0).long(),
-        sparsity=sparsity,
+        sparsity=sparsity.detach(),
         y_sum=y.sum(0),
         y_square=(y**2).sum(),
         finite=finite,

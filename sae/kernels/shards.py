@@ -1,11 +1,11 @@
 """One dictionary's latents divided over several states, and what their steps tell one another.
 
-Each shard holds a range of latents and all of b_dec, and is given the same rows as the others. Everything that
+Each shard holds a range of latents and all of b_dec, and is given the same rows as the others. All that
 crosses goes through one operation, a sum over the shards:
 
-    a step           the parts of the reconstruction [batch, d_out] and of each row's L0 [batch]; whether the
-                     step can be made, with the sparsity term's value; b_in's gradient [d_in] where it is b_dec
-    topk, batchtopk  before these, what `largest_of_all` says
+    a step           the parts of the reconstruction [batch, d_out] with each row's L0 [batch]; whether the
+                     step can be made; b_dec's gradient [d_out]; the value of a term that sums over latents
+    topk, batchtopk  before these what `largest_of_all` says, and batchtopk's least activation
 """
 
 import dataclasses
@@ -61,17 +61,11 @@ class Shard:
         self.add(everyone.view(_WHOLE_NUMBERS[tensor.itemsize]))
         return everyone
 
-    def decide(
-        self, finite: Bool[Tensor, ""], value: Float[Tensor, ""], *, in_parts: bool
-    ) -> tuple[Bool[Tensor, ""], Float[Tensor, ""]]:
-        """Whether all shards can make the step, so that all of them do or none, and the sparsity term's value.
-
-        `in_parts`: each shard has a part of the value; else all have all of it.
-        """
-        mine = value if in_parts or self.index == 0 else torch.zeros_like(value)
-        both = torch.stack([(~finite).to(value.dtype), mine])
-        self.add(both)
-        return both[0] == 0, both[1]
+    def all(self, flag: Bool[Tensor, ""]) -> Bool[Tensor, ""]:
+        """Whether it is set on every shard: so all make a step, or none does."""
+        unset = (~flag).int()
+        self.add(unset)
+        return unset == 0
 
 
 def largest_of_all(
@@ -85,8 +79,8 @@ def largest_of_all(
     """Which of a shard's pairs of row and latent are active: among all shards' k largest of their row, or k a
     row largest of the batch, and above zero. Ties go to the earlier row, then to the lower latent.
 
-    Pairs come by row, a row's by latent; the shard's own largest must be among them. What crosses is a row's k
-    largest of each shard, or [2048] counts for every 11 bits of a value and then a number a row.
+    Pairs come by row, a row's by latent; the shard's own largest must be among them. What crosses is a row's
+    k largest of each shard, or [2048] counts for every 11 bits of a value and then a number a row.
     """
     if k < 1:
         return torch.zeros_like(values, dtype=torch.bool)
@@ -131,10 +125,8 @@ def _of_batch(
     return (bits > cut) | ((tied > 0) & (place <= left))
 
 
-def _cut(
-    bits: Int[Tensor, " value"], n: int, shard: Shard
-) -> tuple[Int64[Tensor, ""], Int64[Tensor, ""]]:
-    """The bits of all shards' n-th largest value, or 0 where there are fewer, and how many of the n have them.
+def _cut(bits: Int[Tensor, " value"], n: int, shard: Shard) -> tuple[Int64[Tensor, ""], Int64[Tensor, ""]]:
+    """The bits of all shards' n-th largest value, 0 where there are fewer; and how many of the n have them.
 
     Values are not negative, and rise as their bits do, as whole numbers.
     """

@@ -165,8 +165,10 @@ class Job(NamedTuple):
 
 @dataclasses.dataclass
 class StepFigures:
-    """What a step saw, on the state's device. The state is as it was if `finite` is false. Of a shard: what the
-    whole dictionary saw, but for `fired`, which is of its own latents."""
+    """What a step saw, on the state's device. The state is as it was if `finite` is false.
+
+    Shards see what the whole dictionary does, but for `fired`, which is of their own latents.
+    """
 
     squared_error: Float[Tensor, " batch"]
     """||reconstruction - y||^2 of each row."""
