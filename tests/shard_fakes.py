@@ -14,10 +14,7 @@ from step_problems import copied
 from torch import Tensor
 
 from sae.kernels.shards import Shard
-from sae.kernels.step import TRAINED, Moments, StepFigures, StepState, StepWeights
-
-PER_LATENT = ("W_enc_t", "b_enc", "W_dec", "threshold")
-"""Parameters of which each shard has its own latents'."""
+from sae.kernels.step import PER_LATENT, TRAINED, Moments, StepFigures, StepState, StepWeights
 
 
 class Meeting:

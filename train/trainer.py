@@ -205,7 +205,9 @@ class _Training:
                 l0_target=self.config.l0,
             )
             probe = self.probe_rows[site].get(_PROBE_ROWS)
-            sae.save(trainer.dictionary(cfg), self.run.site_dir(site), probe=probe)
+            dictionary = trainer.dictionary(cfg)
+            if dictionary is not None:  # of shards, the first one's
+                sae.save(dictionary, self.run.site_dir(site), probe=probe)
 
     def record(self, state: str) -> None:
         """Writes the run's state and totals into its run.json."""

@@ -19,6 +19,8 @@ from sae.errors import UserError
 
 # bits of a value that are looked at together when the n-th largest is searched for
 _DIGIT = 11
+# bytes of a dictionary that cross together when it is put together
+_AT_ONCE = 2**26
 _WHOLE_NUMBERS = {4: torch.int32, 8: torch.int64}
 
 
@@ -60,6 +62,25 @@ class Shard:
         # as whole numbers, since -0.0 + 0.0 is 0.0
         self.add(everyone.view(_WHOLE_NUMBERS[tensor.itemsize]))
         return everyone
+
+    def collect(
+        self, tensor: Shaped[Tensor, "own *rest"], whole: Shaped[Tensor, "d_sae *rest"] | None
+    ) -> None:
+        """Fills the first shard's `whole` with all shards' rows, by latent; the others give None.
+
+        A part of it crosses at a time, so that the others never hold more.
+        """
+        mine, kind = self.latents, _WHOLE_NUMBERS[tensor.itemsize]
+        step = max(1, _AT_ONCE // max(1, tensor[:1].nbytes))
+        for start in range(0, self.d_sae, step):
+            stop = min(start + step, self.d_sae)
+            part = tensor.new_zeros(stop - start, *tensor.shape[1:])
+            first, last = max(start, mine.start), min(stop, mine.stop)
+            if first < last:
+                part[first - start : last - start] = tensor[first - mine.start : last - mine.start]
+            self.add(part.view(kind))
+            if whole is not None:
+                whole[start:stop] = part
 
     def all(self, flag: Bool[Tensor, ""]) -> Bool[Tensor, ""]:
         """Whether it is set on every shard: so all make a step, or none does."""

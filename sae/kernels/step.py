@@ -31,6 +31,9 @@ where positive. Equal values go to the earlier row, then to the lower latent."""
 TRAINED = ("W_enc_t", "b_enc", "W_dec", "b_dec", "threshold")
 """Names of the parameters that Adam moves."""
 
+PER_LATENT = ("W_enc_t", "b_enc", "W_dec", "threshold")
+"""Those of which each latent has a row: a shard has its own latents' only."""
+
 
 @dataclasses.dataclass
 class StepWeights:
