@@ -47,14 +47,19 @@ class RefusedByAll(UserError):
 
 @dataclass
 class Spent:
-    """Seconds by kind of work, since someone last looked."""
+    """Seconds by kind of work, since someone last looked, and whether there is work at all."""
 
     seconds: dict[str, float] = field(default_factory=dict)
+    turns: int = 0
+    """Pieces of work counted in all."""
+    waiting: bool = False
+    """Whether the thread that harvests waits for other ranks."""
 
     def add(self, kind: str, since: float) -> float:
         """Counts the time since `since` as `kind`; returns the time now. A kind belongs to one thread."""
         now = time.perf_counter()
         self.seconds[kind] = self.seconds.get(kind, 0.0) + now - since
+        self.turns += 1
         return now
 
     def take(self) -> dict[str, float]:
@@ -135,7 +140,9 @@ def exchanged_rows(
         else:
             parts = _parts_or_refusal(ranks, model, mine, owned)
         now = spent.add("model", now)
+        spent.waiting = True
         received = ranks.swap(parts)
+        spent.waiting = False
         spent.add("exchange", now)
         del parts
         if not _all_rows(received):
@@ -208,7 +215,8 @@ class Ahead(Iterator[RowBatch]):
     """Row batches that a thread makes ahead of who takes them: at most `rows` of them, and a round, in store.
 
     `make` is given a question, whether to stop, and is iterated in the thread alone. Whoever waits for rows
-    calls `beat` meanwhile, which may raise. Raises what `make` raised, behind the batches before it.
+    calls `beat` meanwhile, which may raise, and tells it whether the thread is getting on, or waits for other
+    ranks. Raises what `make` raised, behind the batches before it.
     """
 
     def __init__(
@@ -216,10 +224,11 @@ class Ahead(Iterator[RowBatch]):
         make: Callable[[Callable[[], bool]], Iterator[RowBatch]],
         rows: int,
         *,
-        beat: Callable[[], object] = lambda: None,
+        beat: Callable[[bool], object] = lambda moving: None,
         spent: Spent | None = None,
     ) -> None:
-        self._most, self._beat, self._spent = rows, beat, spent or Spent()
+        self._most, self._tell, self._spent = rows, beat, spent or Spent()
+        self._turns = 0
         self._ready: deque[RowBatch] = deque()
         self._rows = 0
         self._changed = threading.Condition()
@@ -277,6 +286,11 @@ class Ahead(Iterator[RowBatch]):
         while self._thread.is_alive():
             self._thread.join(_POLL)
             self._beat()
+
+    def _beat(self) -> None:
+        moving = self._spent.waiting or self._spent.turns != self._turns
+        self._turns = self._spent.turns
+        self._tell(moving)
 
     def _put(self, batch: RowBatch) -> None:
         with self._changed:

@@ -199,20 +199,24 @@ def test_who_waits_gives_signs_of_life():
     class Lost(Exception):
         pass
 
-    beats, release = [], threading.Event()
+    beats, spent, release = [], Spent(), threading.Event()
 
-    def beat():
-        beats.append(1)
-        if len(beats) == 2:
+    def beat(moving):
+        beats.append(moving)
+        spent.waiting = len(beats) == 2
+        if len(beats) == 4:
             raise Lost
 
     def make(stopped):
+        spent.add("model", 0.0)
         release.wait()
         yield from batches(1)
 
-    ahead = Ahead(make, 10, beat=beat)
+    ahead = Ahead(make, 10, beat=beat, spent=spent)
     with pytest.raises(Lost):
         next(ahead)
+    # made something, does not get on, waits for others, does not get on
+    assert beats == [True, False, True, False]
     release.set()
 
 

@@ -47,7 +47,7 @@ class RunFolder:
             "sites": list(sites),
             "device": device,
             "state": "running",
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "versions": versions(),
         }
         run = cls(path, record)
@@ -233,7 +233,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of the code that runs; None where that is not known."""
     here = Path(__file__).resolve().parent
     try:
         answer = subprocess.run(

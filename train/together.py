@@ -4,7 +4,9 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from activations.exchange import RefusedByAll
+import torch
+
+from activations.exchange import Ownership, RefusedByAll, owners
 from activations.ranks import Ranks
 from sae.errors import UserError
 
@@ -44,6 +46,12 @@ def _told(error: UserError | OSError, rank: int) -> list[str]:
     if isinstance(error, UserError):
         return [error.must, error.found, error.do]
     return [f"rank {rank} must be able to write what is its own", str(error), "look at its disk"]
+
+
+def divide(sites: Mapping[str, int], dtype: torch.dtype, world: int) -> Ownership:
+    """Which rank trains which site: dictionaries are of one width, so a site costs what its rows are wide."""
+    costs = {site: float(d_in) for site, d_in in sites.items()}
+    return Ownership(owner=owners(costs, world), widths=sites, dtype=dtype)
 
 
 class Stragglers:
