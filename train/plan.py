@@ -17,7 +17,6 @@ from activations.store_writer import SHARD_BYTES
 from sae.errors import UserError
 from sae.numbers import format_size
 from train.config import TrainConfig
-from train.machine import free_gpu_memory, free_memory, own_private_memory
 from train.times import Measured, Speeds, basis, evaluation_seconds, index_seconds, pass_flops, training_rates
 from train.together import divide
 
@@ -51,6 +50,8 @@ class Plan:
 
     sites: dict[str, int]
     """The sites and their widths d_in."""
+    own: dict[str, int]
+    """Those whose dictionaries the process trains: all, or a rank's share."""
     device: str
     dtype: str
     """The model's dtype, which is also that of the rows in memory."""
@@ -70,6 +71,11 @@ class Plan:
     """Tokens a second: `harvest`, and `train`, through the steps of all sites."""
     basis: str
     """What the times rest on, in words."""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch has it."""
+        return getattr(torch, self.dtype)
 
     @property
     def memory_total(self) -> int:
@@ -127,7 +133,8 @@ def make_plan(
     if shape is not None and index_tokens:
         seconds["index"] = index_seconds(shape, sites, config.width, speeds, index_tokens)
     plan = Plan(
-        sites=own,
+        sites=sites,
+        own=own,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         ring_rows=rows,
@@ -164,6 +171,7 @@ def plan_harvest(
     assert measured.harvest_rate is not None
     plan = Plan(
         sites=dict(sites),
+        own={},
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         memory={"language model": weights, "forward pass": forward}
@@ -262,40 +270,6 @@ def plan_ring_rows(config: TrainConfig, sites: Mapping[str, int], dtype: torch.d
         f"{format_size(fixed)} + {format_size(ring)}",
         f"--memory {format_size(config.memory)}",
         f"{remedy}, or fewer --layers, or a smaller --width",
-    )
-
-
-def missing_memory(plan: Plan, config: TrainConfig | None = None) -> UserError | None:
-    """The error for a plan that exceeds what is free, less what this process holds of it already.
-
-    With the `config` of a training run it names the --buffer that fits, if any does.
-    """
-    own = own_private_memory()
-    free, need, where = free_memory(), plan.memory_total - own, "memory"
-    if plan.device != "cpu":
-        if plan.host_memory - own > free:
-            must = (
-                f"the machine must have the memory planned beside the GPU's: {format_size(plan.host_memory)}"
-            )
-            return UserError(must, f"{format_size(free)} free", "close other programs")
-        device = torch.device(plan.device)
-        free, where = free_gpu_memory(device), "GPU memory"
-        need = plan.memory_total - torch.cuda.memory_allocated(device)
-    if need <= free:
-        return None
-    remedy = "close other programs"
-    if config is not None and plan.sites:
-        shares = {"batch": config.batch, "passes": config.passes}
-        dtype = getattr(torch, plan.dtype)
-        spare = free - need + ring_bytes(plan.sites, dtype=dtype, rows=plan.ring_rows, **shares)
-        if spare >= ring_bytes(plan.sites, dtype=dtype, rows=config.passes * config.batch, **shares):
-            remedy += f", or give --buffer {rows_for_memory(spare, plan.sites, dtype=dtype, **shares)}"
-        remedy += ", or fewer --layers, or a smaller --width"
-    return UserError(
-        f"the {where} planned must be free: {format_size(plan.memory_total)}, "
-        f"of which {format_size(max(0, plan.memory_total - need))} are taken already",
-        f"{format_size(free)} free",
-        remedy,
     )
 
 

@@ -151,7 +151,8 @@ def _run(training: Training, report: Report) -> RunFolder:
                 raise UserError(error.must, error.found, f"{error.do}; then {go_on}") from error
             raise
     by_first(ranks, "the end of the run", training.finish)
-    return run
+    # as rank 0 has left it
+    return RunFolder.open(run.path)
 
 
 def _leave(training: Training, interrupt: KeyboardInterrupt) -> None:
