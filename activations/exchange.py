@@ -86,13 +86,17 @@ class Ownership:
     """Who owns which site, and what its rows are: the same on every rank."""
 
     owner: Mapping[str, int]
+    """The rank, or the first of several ranks in a row that own a site together."""
     widths: Mapping[str, int]
     """Sites, in the order of the harvest, and their d_in."""
     dtype: torch.dtype
+    together: int = 1
+    """Ranks that own a site together: each gets all of its rows."""
 
     def sites(self, rank: int) -> dict[str, int]:
         """A rank's sites and their widths, in the order of the harvest."""
-        return {site: width for site, width in self.widths.items() if self.owner[site] == rank}
+        first = rank - rank % self.together
+        return {site: width for site, width in self.widths.items() if self.owner[site] == first}
 
     def part_bytes(self, rank: int, rows: int) -> int:
         """Bytes of a part with so many rows for that rank."""

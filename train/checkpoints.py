@@ -1,7 +1,8 @@
 """Checkpoints: all that a run needs to go on exactly, in folders that are whole or are not there.
 
 RUN/checkpoints/step_N/
-  SITE.safetensors   every tensor of a site: weights, both moments, counters, sums since the last logging
+  SITE.safetensors   every tensor of a site: weights, both moments, counters, sums since the last logging;
+                     or several files, each with some of its latents: see `site_files`
   state.json         step, place in the order of the rows, numbers of each site, config, versions, checksums
 
 No generator's state is kept, for none is used after the start: orders are hashes of (seed, position).
@@ -22,7 +23,6 @@ from activations.ranks import Ranks, alone
 from sae.errors import UserError
 from sae.files import (
     disk_errors,
-    load_tensors,
     make_folder,
     read_json,
     save_tensors,
@@ -30,6 +30,7 @@ from sae.files import (
     sync_folder,
     write_json,
 )
+from train.site_files import read_site
 from train.together import by_first, together
 
 _log = logging.getLogger(__name__)
@@ -51,9 +52,9 @@ class Checkpoint:
         """Steps made when it was written."""
         return self.state["step"]
 
-    def tensors(self, site: str) -> dict[str, Tensor]:
-        """Every tensor of a site, on the CPU."""
-        return load_tensors(self.path / f"{site}.safetensors")
+    def tensors(self, site: str, latents: slice) -> dict[str, Tensor]:
+        """A site's tensors on the CPU, of some of its latents; see `site_files`."""
+        return read_site(self.path, site, latents)
 
 
 def write_checkpoint(
@@ -67,8 +68,9 @@ def write_checkpoint(
 ) -> None:
     """Writes a checkpoint beside the others, gives it its name, and removes all but the newest two.
 
-    Each of the `ranks` gives the `sites` that it owns and its `state`, of which `join` makes one; rank 0
-    names the folder once all files are there. A step's checkpoint that is there already is left as it is.
+    Each of the `ranks` gives the `sites` that it owns, by the names of their files, and its `state`, of which
+    `join` makes one; rank 0 names the folder once all files are there. A step's checkpoint that is there
+    already is left as it is.
     Raises UserError or OSError when the disk refuses one of them; the older ones are untouched then.
     """
     ranks = ranks or alone()

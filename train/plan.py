@@ -113,7 +113,7 @@ def make_plan(
     shape, sites, dtype, tokens = rows_to_train(config)
     device = pick_device(config.device)
     on_gpu = device.type != "cpu"
-    owned = divide(sites, dtype, world)
+    owned = divide(sites, dtype, world, config.shard_latents)
     own = owned.sites(rank)
     fixed = fixed_costs(config, shape, owned, rank, world, on_gpu=on_gpu, measured=measured)
     rows = plan_ring_rows(config, own, dtype, sum(fixed.values()))
@@ -238,10 +238,10 @@ def fixed_costs(
         costs["forward pass"] = _forward(shape, owned.widths, owned.dtype, **batch)
         costs[EXCHANGE] = exchange_bytes(owned, rank, world=world, ahead=rows_ahead(config), **batch)
     if sites:
-        parameters = [dictionary_parameters(config.width, d_in) for d_in in sites.values()]
+        parameters = [dictionary_parameters(config.own_width, d_in) for d_in in sites.values()]
         # fp32: weights and moments; bf16: the encoder that the product reads
         moments = 2 if config.beta1 else 1
-        dictionaries = (1 + moments) * _FP32 * sum(parameters) + 2 * config.width * sum(sites.values())
+        dictionaries = (1 + moments) * _FP32 * sum(parameters) + 2 * config.own_width * sum(sites.values())
         phases = _working_memory(config, shape, sites, owned.dtype, on_gpu=on_gpu, harvests=world == 1)
         phase = max(phases, key=lambda name: phases[name])
         costs[f"{len(sites)} dictionaries"] = dictionaries
@@ -323,7 +323,7 @@ def _working_memory(
     together = len(sites) >= _SIDE_BY_SIDE * threads
     # rows and error in fp32 and the rows in bf16; lists of pairs; blocks of the product
     lists = config.batch * ((3 * _FP32 + 2) * widest + _STEP_LISTS * round(config.l0))
-    blocks = config.batch * (config.width // 4 if on_gpu else _STEP_BLOCK * dtype.itemsize * threads)
+    blocks = config.batch * (config.own_width // 4 if on_gpu else _STEP_BLOCK * dtype.itemsize * threads)
     step = config.batch * row + lists * (threads if together else 1) + blocks
     if shape is None:
         # a row batch and its copy, and two shards: one is read while the other is used
@@ -337,9 +337,9 @@ def _working_memory(
         harvest = _forward(shape, sites, dtype, config.context, config.model_batch)
         made, name = config.model_batch * config.context * row, "model and step"
     # weights and screens of the last site come after its thresholds
-    rest = (4 * _FP32 + 2) * config.width * widest
+    rest = (4 * _FP32 + 2) * config.own_width * widest
     first = min(_FIRST_ROWS, _ring_rows(config) // config.passes)
-    looked_at = min(first, max(64, _FIRST_PRE // config.width)) * config.width
+    looked_at = min(first, max(64, _FIRST_PRE // config.width)) * config.own_width
     first_rows = first * widest * (dtype.itemsize + 2 * _FP32)
     return {
         name: harvest + step,

@@ -10,8 +10,8 @@ from train.run_folder import RunFolder
 
 _log = logging.getLogger(__name__)
 
-# what may differ, for it changes no weight
-_FREE = frozenset({"out", "memory", "checkpoint_minutes", "wandb"})
+# what may differ, for it changes no weight but by rounding
+_FREE = frozenset({"out", "memory", "checkpoint_minutes", "wandb", "shard_latents"})
 
 
 def refuse_changes(run: RunFolder, config: TrainConfig) -> None:

@@ -92,7 +92,9 @@ def _live_rows(
     model.check_sites(sites)
     if resume is None:
         _refuse_short(config, model, corpus)
-    owned = divide({site: model.site_width(site) for site in sites}, model.dtype, ranks.world)
+    owned = divide(
+        {site: model.site_width(site) for site in sites}, model.dtype, ranks.world, config.shard_latents
+    )
     spent, ahead = Spent(), []
     lane = ranks.lane()
 
@@ -224,7 +226,9 @@ def _stored_rows(
             "choose from these",
         )
     tokens = min(store.rows, config.tokens)
-    owned = divide({site: store.widths[site] for site in sites}, store.dtype, ranks.world)
+    owned = divide(
+        {site: store.widths[site] for site in sites}, store.dtype, ranks.world, config.shard_latents
+    )
     own = list(owned.sites(ranks.rank))
     manifest = json.dumps(store.manifest, sort_keys=True).encode()
 

@@ -9,6 +9,7 @@ import torch
 from activations.exchange import Ownership, RefusedByAll, owners
 from activations.ranks import Ranks
 from sae.errors import UserError
+from sae.kernels.shards import Shard
 
 _log = logging.getLogger(__name__)
 
@@ -48,10 +49,29 @@ def _told(error: UserError | OSError, rank: int) -> list[str]:
     return [f"rank {rank} must be able to write what is its own", str(error), "look at its disk"]
 
 
-def divide(sites: Mapping[str, int], dtype: torch.dtype, world: int) -> Ownership:
-    """Which rank trains which site: dictionaries are of one width, so a site costs what its rows are wide."""
+def divide(sites: Mapping[str, int], dtype: torch.dtype, world: int, shards: int = 1) -> Ownership:
+    """Which rank trains which site: dictionaries are of one width, so a site costs what its rows are wide.
+
+    `shards` ranks in a row train a site together. Raises UserError when they do not divide the ranks.
+    """
+    if world % shards:
+        raise UserError(
+            "--shard-latents must divide the number of ranks",
+            f"--shard-latents {shards} with {world} rank{'s' if world > 1 else ''}",
+            "start as many ranks as a multiple of it under torchrun, or give another --shard-latents",
+        )
     costs = {site: float(d_in) for site, d_in in sites.items()}
-    return Ownership(owner=owners(costs, world), widths=sites, dtype=dtype)
+    owner = {site: shards * group for site, group in owners(costs, world // shards).items()}
+    return Ownership(owner=owner, widths=sites, dtype=dtype, together=shards)
+
+
+def shard_of(ranks: Ranks, width: int, shards: int) -> Shard | None:
+    """The latents of its dictionaries that this rank has; None where it has all. Every rank asks."""
+    if shards == 1:
+        return None
+    groups = [ranks.group(range(first, first + shards)) for first in range(0, ranks.world, shards)]
+    group = groups[ranks.rank // shards]
+    return Shard(ranks.rank % shards, shards, width, lambda tensor: ranks.add(tensor, group))
 
 
 class Stragglers:

@@ -28,9 +28,10 @@ from train.config import TrainConfig
 from train.mirror import Mirror
 from train.rows import Rows
 from train.run_folder import RunFolder, versions
+from train.site_files import file_stem
 from train.site_trainer import SiteTrainer
 from train.stop import Stop
-from train.together import Stragglers, together
+from train.together import Stragglers, shard_of, together
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ class Training:
         self.config, self.run, self.rows, self.ranks = config, run, rows, ranks
         # one for all sites: they share its buffers
         self.kernel = make_kernel(choose_kernel(rows.device, config.kernel))
+        self.shard = shard_of(ranks, config.width, config.shard_latents)
         self.trainers: dict[str, SiteTrainer] = {}
         self.probe_rows: dict[str, dict[str, Tensor]] = {}
         """A few rows of each site, as a checkpoint has them: the same from the start on, so that a resume
@@ -79,7 +81,7 @@ class Training:
         with self.ranks.busy("placing the first weights"):
             for site, moments in statistics.items():
                 first = ring.first_rows(site, _FIRST_ROWS)
-                made[site] = SiteTrainer.begin(self.config, site, moments, first, self.kernel)
+                made[site] = SiteTrainer.begin(self.config, site, moments, first, self.kernel, self.shard)
                 self.probe_rows[site] = {_PROBE_ROWS: spread_rows(first).cpu()}
         self.trainers = made
 
@@ -146,7 +148,8 @@ class Training:
             return
         try:
             tensors = (
-                (site, trainer.tensors() | self.probe_rows[site]) for site, trainer in self.trainers.items()
+                (file_stem(site, self.shard), trainer.tensors() | self.probe_rows[site])
+                for site, trainer in self.trainers.items()
             )
             state = self._state(self.position)
             write_checkpoint(self.run.path, self.step, tensors, state, ranks=self.ranks, join=_join)
@@ -161,12 +164,13 @@ class Training:
     def go_on_from(self, checkpoint: Checkpoint) -> None:
         """Takes up a checkpoint, of any number of ranks."""
         state = checkpoint.state
+        latents = self.shard.latents if self.shard else slice(0, self.config.width)
         for site in self.rows.ring.widths:
-            tensors, numbers = checkpoint.tensors(site), state["sites"][site]
+            tensors, numbers = checkpoint.tensors(site, latents), state["sites"][site]
             # checkpoints of older versions have none, and their dictionaries get no probe
             self.probe_rows[site] = {n: t.clone() for n, t in tensors.items() if n == _PROBE_ROWS}
             self.trainers[site] = SiteTrainer.resume(
-                self.config, site, tensors, numbers, self.kernel, self.rows.device
+                self.config, site, tensors, numbers, self.kernel, self.rows.device, self.shard
             )
         self.step, self.logged, self._seconds = state["step"], state["logged"], state["seconds"]
         self.position = RingPosition.from_dict(state["position"])
@@ -176,6 +180,7 @@ class Training:
         together(self.ranks, "the dictionaries", self._save_own)
 
     def _save_own(self) -> None:
+        refused = None
         for site, trainer in self.trainers.items():
             cfg = DictionaryConfig(
                 d_in=self.rows.ring.widths[site],
@@ -189,9 +194,17 @@ class Training:
                 l0_target=self.config.l0,
             )
             probe = self.probe_rows[site].get(_PROBE_ROWS)
-            dictionary = trainer.dictionary(cfg)
-            if dictionary is not None:  # of shards, the first one's
-                sae.save(dictionary, self.run.site_dir(site), probe=probe)
+            try:
+                dictionary = trainer.dictionary(cfg)
+                if dictionary is not None:  # of shards, the first one's
+                    sae.save(dictionary, self.run.site_dir(site), probe=probe)
+            except (UserError, OSError) as error:
+                if self.shard is None:
+                    raise
+                # the other shards go on to the next dictionary, and wait there for this one
+                refused = refused or error
+        if refused is not None:
+            raise refused
 
     def record(self, state: str) -> None:
         """Writes the run's state and totals into its run.json, on rank 0."""
