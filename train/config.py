@@ -48,6 +48,7 @@ _ABOVE_ZERO = (
     "memory",
     "log_every",
     "checkpoint_minutes",
+    "shard_latents",
 )
 
 
@@ -129,6 +130,10 @@ class TrainConfig(Config):
     """auto, cpu or cuda."""
     kernel: Literal["auto", "cpu", "triton", "reference"] = "auto"
     """What makes the training steps; auto: the fastest that runs on the device. `jumpscope info` tells."""
+    shard_latents: Count = 1
+    """Ranks of a run under torchrun that each dictionary's latents are divided over, for one that is too wide
+    for a rank.
+    """
     store: str = ""
     """Train from a folder that `jumpscope harvest` wrote instead of running the model."""
     out: str = "runs/train"
@@ -177,6 +182,12 @@ class TrainConfig(Config):
                 f"--l0 {self.l0:g} with --width {self.width}",
                 "lower --l0 or raise --width",
             )
+        if self.shard_latents > self.width:
+            raise UserError(
+                "--shard-latents must not exceed --width: each rank must have a latent",
+                f"--shard-latents {self.shard_latents} with --width {self.width}",
+                "lower --shard-latents",
+            )
         if self.architecture != "jumprelu" and self.l0 != int(self.l0):
             raise UserError(
                 f"--l0 must be a whole number with --architecture {self.architecture}",
@@ -206,6 +217,11 @@ class TrainConfig(Config):
     def steps(self) -> int:
         """Training steps, if the corpus holds `tokens` tokens."""
         return self.tokens * self.passes // self.batch
+
+    @property
+    def own_width(self) -> int:
+        """Latents of a dictionary that one rank has, at most."""
+        return -(-self.width // self.shard_latents)
 
     @property
     def k(self) -> int:

@@ -106,8 +106,9 @@ def _step_seconds(
 def _one_site(config: TrainConfig, site: str, rows: Float[Tensor, "row d_in"], kernel: StepKernel) -> float:
     statistics = RunningStatistics(rows.shape[1])
     statistics.update(rows)
-    # begun at the L0 aimed at, which decides how much there is to do
-    begun = dataclasses.replace(config, l0_start=1.0)
+    # begun at the L0 aimed at, which decides how much there is to do; as many latents as a rank has
+    width = config.own_width
+    begun = dataclasses.replace(config, l0_start=1.0, width=width, l0=min(config.l0, width), shard_latents=1)
     trainer = SiteTrainer.begin(begun, site, statistics.result(), rows[:_FIRST_ROWS], kernel)
     batch = rows[torch.arange(config.batch, device=rows.device) % len(rows)]
     trainer.step(batch, 0.5)  # compiles

@@ -2,12 +2,10 @@
 another site.
 """
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,22 +13,13 @@ from activations.ring import RowStatistics
 from sae.architectures import build
 from sae.dictionary import Dictionary, DictionaryConfig, parameter_shapes
 from sae.kernels.dispatch import StepKernel, product_dtype
+from sae.kernels.shards import Shard
 from sae.kernels.step import TRAINED, Job, Moments, StepFigures, StepSettings, StepState, StepWeights
 from sae.losses import Sparsity
 from train.config import TrainConfig
+from train.first_weights import first_weights
 from train.schedule import l0_aim, lr_factor
 
-# pre-activations looked at to place the first thresholds: a quantile of so many is known to a few parts in a
-# thousand
-_SAMPLE = 2**24
-# values searched at once: a search takes several times their memory
-_SEARCHED = 2**20
-# of so many directions, one may be taken for a strongest one
-_PER_PRINCIPAL = 16
-# rows that are all but within their strongest directions have no rest to be measured by: at least this share
-# of their energy is taken to be outside
-_LEAST_OUTSIDE = 1e-4
-_TINY = torch.finfo(torch.float32).tiny
 # share of the way to a batch's least activation kept that batchtopk's threshold goes in a step: a mean over
 # some ten batches, which all but agree. A longer one lags behind the weights in a run of a few hundred steps.
 _FOLLOW = 0.1
@@ -70,27 +59,14 @@ class SiteTrainer:
         statistics: RowStatistics,
         first_rows: Float[Tensor, "row d_in"],
         kernel: StepKernel,
+        shard: Shard | None = None,
     ) -> "SiteTrainer":
-        """The trainer before its first step, placed by a site's statistics and some of its rows."""
-        device = first_rows.device
-        generator = torch.Generator().manual_seed(_site_seed(config.seed, site))
-        mean = statistics.mean.to(device)
-        strongest, rest = _principal_directions(first_rows.float() - mean, config)
-        directions = _first_directions(strongest, config.width, generator)
-        scale = statistics.scale * rest
-        mean = mean / scale
-        centred = first_rows.float() / scale - mean
-        weights = StepWeights(
-            W_enc_t=directions.clone(),
-            b_enc=torch.zeros(config.width, device=device),
-            W_dec=directions,
-            # an SAE subtracts its own b_dec from the input: one tensor in both places
-            b_in=mean,
-            b_dec=mean,
-            threshold=torch.zeros(config.width, device=device),
-        )
-        bandwidth = _place_thresholds(config, weights, centred)
-        state = StepState.begin(weights, beta1=config.beta1, scale_in=scale, scale_out=scale)
+        """The trainer before its first step, placed by a site's statistics and some of its rows.
+
+        With `shard`, of those of a dictionary's latents; the other shards begin at the same time.
+        """
+        weights, scale, bandwidth = first_weights(config, site, statistics, first_rows, shard)
+        state = StepState.begin(weights, beta1=config.beta1, scale_in=scale, scale_out=scale, shard=shard)
         return cls(config, site, state, bandwidth, kernel)
 
     @classmethod
@@ -102,8 +78,13 @@ class SiteTrainer:
         numbers: Mapping[str, Any],
         kernel: StepKernel,
         device: torch.device,
+        shard: Shard | None = None,
     ) -> "SiteTrainer":
-        """The trainer that `tensors` and `numbers` were taken from, with not a bit of difference."""
+        """The trainer that `tensors` and `numbers` were taken from, with not a bit of difference.
+
+        With `shard`, of those of its latents that `tensors` must be of (`train.site_files.read_site`): the
+        whole one's, whatever shards it had.
+        """
         # copies in memory that torch aligned itself, as the first ones were
         there = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
 
@@ -120,6 +101,7 @@ class SiteTrainer:
             scale_in=scale,
             scale_out=scale,
             steps=numbers["steps"],
+            shard=shard,
         )
         trainer = cls(config, site, state, numbers["bandwidth"], kernel)
         trainer._window.restore(there, numbers["window_rows"])
@@ -157,10 +139,19 @@ class SiteTrainer:
             self._check_finite()
 
     def metrics(self) -> dict[str, float]:
-        """Means since `forget`, and the share of latents dead now. Raises as `step` does."""
+        """Means since `forget`, and the share of latents dead now. Raises as `step` does.
+
+        Shards are asked at the same time, and tell the same: of all their latents.
+        """
         self._check_finite()
-        dead = float((self.state.silent_for >= self.config.dead_after).float().mean())
-        threshold = float(self.weights.threshold.mean() * self.scale)
+        silent, threshold = self.state.silent_for >= self.config.dead_after, self.weights.threshold
+        if self.state.shard is None:
+            dead, threshold = float(silent.float().mean()), float(threshold.mean() * self.scale)
+        else:
+            sums = torch.stack([silent.double().sum(), threshold.double().sum()])
+            self.state.shard.add(sums)
+            dead, threshold = (sums / self.state.shard.d_sae).tolist()
+            threshold *= self.scale
         # topk has none
         thresholds = {} if self.config.architecture == "topk" else {"threshold": threshold}
         return {**self._window.means(), "dead": dead, **thresholds}
@@ -169,25 +160,33 @@ class SiteTrainer:
         """Lets the next `metrics` count from here."""
         self._window.clear()
 
-    def dictionary(self, cfg: DictionaryConfig) -> Dictionary:
+    def dictionary(self, cfg: DictionaryConfig) -> Dictionary | None:
         """The dictionary as it stands, for raw activations: scale and input bias folded in. `cfg` has the
         architecture and k of the training.
 
         b_enc' = C b_enc - C b_in W_enc     b_dec' = C b_dec     threshold' = C threshold     W unchanged
+
+        Shards are asked at the same time: the first gets the whole dictionary, the others None.
         """
         w = self.weights
         folded = {
-            "W_enc": w.W_enc_t.T,
+            "W_enc": w.W_enc_t,
             "b_enc": self.scale * (w.b_enc - w.W_enc_t @ w.b_in),
             "W_dec": w.W_dec,
             "b_dec": self.scale * w.b_dec,
             "threshold": self.scale * w.threshold,
         }
-        own = {
-            name: folded[name].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name in parameter_shapes(cfg)
-        }
-        return build(cfg, own)
+        shard, own = self.state.shard, {}
+        for name, shape in parameter_shapes(cfg).items():
+            if shard is None or shard.index == 0:
+                own[name] = torch.empty(shape)
+            # a latent's column of W_enc is its row of the transposed one
+            into = own[name].T if own and name == "W_enc" else own.get(name)
+            if shard is not None and name != "b_dec":
+                shard.collect(folded[name], into)
+            elif into is not None:
+                into.copy_(folded[name])
+        return build(cfg, own) if own else None
 
     def settings(self, share: float) -> StepSettings:
         """What a step aims at when `share` of the run is done."""
@@ -256,59 +255,3 @@ class _Window:
         """The inverse of `tensors`."""
         self._sums, self._y = tensors["window.sums"], tensors["window.y"]
         self.refused, self.rows = tensors["window.refused"], rows
-
-
-def _place_thresholds(config: TrainConfig, weights: StepWeights, centred: Float[Tensor, "row d_in"]) -> float:
-    """Puts thresholds where L0 is `l0_start` times the target; returns the bandwidth in scaled units."""
-    sample = centred[: max(64, _SAMPLE // config.width)]
-    pre = sample @ weights.W_enc_t.T
-    firing = min(pre.numel(), max(1, round(config.l0_start * config.l0 * len(sample))))
-    weights.threshold.fill_(_nth_largest(pre.flatten(), firing).clamp(min=0))
-    return config.bandwidth * float(pre.std())
-
-
-def _principal_directions(
-    centred: Float[Tensor, "row d_in"], config: TrainConfig
-) -> tuple[Float[Tensor, "strongest d_in"], float]:
-    """The `config.principal` strongest principal directions of some rows, fewer where there is no room, and
-    the norm of what is outside of them, over the rows' norm.
-    """
-    n_rows, d_in = centred.shape
-    q = min(config.principal, d_in // _PER_PRINCIPAL, n_rows, config.width // 4)
-    if q < 1:
-        return centred[:0], 1.0
-    # exact, by the small Gram matrix: the randomised methods draw from torch's global generator
-    values, vectors = torch.linalg.eigh(centred.T @ centred)
-    outside = float(values[:-q].clamp(min=0).sum() / values.clamp(min=0).sum().clamp(min=_TINY))
-    return vectors[:, -q:].T, max(outside, _LEAST_OUTSIDE) ** 0.5
-
-
-def _first_directions(
-    strongest: Float[Tensor, "strongest d_in"], width: int, generator: torch.Generator
-) -> Float[Tensor, "width d_in"]:
-    """Random unit rows, but for the strongest principal directions, which get two latents each and are taken
-    out of the rest.
-
-    A few directions (massive activations) can hold most of the variance. Random rows would all feel them,
-    all learn them at once, overshoot, and half of them would die of the correction. Latents of their own
-    carry them from the start.
-    """
-    q, d_in = strongest.shape
-    rows = torch.randn(width, d_in, generator=generator).to(strongest.device)
-    if q > 0:
-        rows -= (rows @ strongest.T) @ strongest
-        rows[: 2 * q] = torch.cat([strongest, -strongest])
-    return F.normalize(rows, dim=1)
-
-
-def _nth_largest(values: Float[Tensor, " value"], n: int) -> Float[Tensor, ""]:
-    """The n-th largest of the values, with little memory beside theirs and that of n."""
-    largest = values.new_empty(0)
-    for part in values.split(_SEARCHED):
-        both = torch.cat([largest, part])
-        largest = both.topk(min(n, len(both)), sorted=False).values
-    return largest.min()
-
-
-def _site_seed(seed: int, site: str) -> int:
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{site}".encode(), digest_size=7).digest(), "big")

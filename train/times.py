@@ -73,12 +73,15 @@ def training_rates(
     speeds: Speeds,
     measured: Measured | None,
 ) -> dict[str, float]:
-    """Tokens a second: `harvest`, unless rows come from a store, and `train`, through all sites' steps."""
+    """Tokens a second: `harvest`, unless rows come from a store, and `train`, through all sites' steps.
+
+    Of one rank, with its own latents of each dictionary; the sums over ranks are not in it.
+    """
     if measured is not None:
         found = {"harvest": measured.harvest_rate, "train": measured.train_rate}
         return {phase: rate for phase, rate in found.items() if rate is not None}
-    encode = sum(2 * d_in * config.width for d_in in sites.values()) / speeds.product
-    pairs = _STEP_PER_PAIR * config.l0 * sum(sites.values()) / speeds.product
+    encode = sum(2 * d_in * config.own_width for d_in in sites.values()) / speeds.product
+    pairs = _STEP_PER_PAIR * config.l0 / config.shard_latents * sum(sites.values()) / speeds.product
     rates = {} if shape is None else {"harvest": speeds.forward / pass_flops(shape, sites)}
     return {**rates, "train": 1 / (encode * _STEP_PER_PRODUCT + pairs)}
 

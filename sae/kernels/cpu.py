@@ -50,7 +50,8 @@ class CpuKernel:
         Where there are many, every thread makes whole steps by itself: none waits for another.
         """
         workers = workers_for(torch.get_num_threads())
-        if len(jobs) < _SIDE_BY_SIDE * workers.threads:
+        # shards must meet in the order of the jobs
+        if len(jobs) < _SIDE_BY_SIDE * workers.threads or any(job.state.shard for job in jobs):
             return [self.step(*job) for job in jobs]
         figures: dict[int, StepFigures] = {}
 
@@ -79,7 +80,7 @@ class CpuKernel:
             self._said = True
             _log.info(
                 "a step's buffers have grown: planned for %.0f candidates a row, it met %.0f",
-                PLANNED * settings.l0_wanted,
+                PLANNED * step.l0_planned,
                 step.candidates.sum() / len(rows_in),
             )
         return figures

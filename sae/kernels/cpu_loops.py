@@ -308,24 +308,52 @@ def fill_rows(first, pairs, cursor, fired, latents, acts):
 
 
 @compiled
+def decode_row(W_dec, bias, offsets, latents, acts, b, out):
+    """out[b] = bias + the row's activations times their rows of W_dec."""
+    for k in range(len(bias)):
+        out[b, k] = bias[k]
+    p, end = offsets[b], offsets[b + 1]
+    while p + 4 <= end:
+        add4(out, b, W_dec, latents, p, acts[p], acts[p + 1], acts[p + 2], acts[p + 3])
+        p += 4
+    while p < end:
+        add(out, b, W_dec, latents[p], acts[p])
+        p += 1
+
+
+@compiled
+def miss_row(y, b, g, g_sum, numbers):
+    """Turns a reconstruction in `g` into (2 / batch) (reconstruction - y), which `g_sum` adds up, and returns
+    the row's squared error.
+    """
+    total = y.dtype.type(0)
+    for k in range(len(g_sum)):
+        error = g[b, k] - y[b, k]
+        total += error * error
+        g[b, k] = error * numbers.per_row
+        g_sum[k] += g[b, k]
+    return total
+
+
+@compiled
 def decode_rows(W_dec, b_dec, y, offsets, latents, acts, g, squared_error, g_sum, numbers):
     """Reconstructs rows; leaves g = (2 / batch) (reconstruction - y), each row's error, and the sum of g."""
-    width = len(b_dec)
     g_sum[:] = 0
     for b in range(len(y)):
-        for k in range(width):
-            g[b, k] = b_dec[k]
-        p, end = offsets[b], offsets[b + 1]
-        while p + 4 <= end:
-            add4(g, b, W_dec, latents, p, acts[p], acts[p + 1], acts[p + 2], acts[p + 3])
-            p += 4
-        while p < end:
-            add(g, b, W_dec, latents[p], acts[p])
-            p += 1
-        total = y.dtype.type(0)
-        for k in range(width):
-            error = g[b, k] - y[b, k]
-            total += error * error
-            g[b, k] = error * numbers.per_row
-            g_sum[k] += g[b, k]
-        squared_error[b] = total
+        decode_row(W_dec, b_dec, offsets, latents, acts, b, g)
+        squared_error[b] = miss_row(y, b, g, g_sum, numbers)
+
+
+@compiled
+def decode_part(W_dec, bias, offsets, latents, acts, out):
+    """What a shard's latents add to the rows' reconstructions, and `bias`."""
+    for b in range(len(out)):
+        decode_row(W_dec, bias, offsets, latents, acts, b, out)
+
+
+@compiled
+def miss_rows(y, g, squared_error, g_sum, numbers):
+    """What `decode_rows` leaves, from whole reconstructions in `g`."""
+    g_sum[:] = 0
+    for b in range(len(y)):
+        squared_error[b] = miss_row(y, b, g, g_sum, numbers)

@@ -1,5 +1,6 @@
 """One step on a CPU in the making; `cpu` says how it goes."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from sae.kernels import cpu_loops as loops
 from sae.kernels.cpu_forward import ROWS, Buffers, Forward, Screens, parts_of
 from sae.kernels.cpu_update import adam, update_block
 from sae.kernels.largest import first_bounds, keep_largest
+from sae.kernels.shards import Shard
 from sae.kernels.step import StepFigures, StepSettings, StepState
 from sae.kernels.workers import Workers
 from sae.losses import sparsity_gradient, sparsity_value
@@ -21,7 +23,7 @@ class Step(Forward):
     def __init__(
         self, state: StepState, screens: Screens, settings: StepSettings, buffers: Buffers, workers: Workers
     ) -> None:
-        self.state, self.settings = state, settings
+        self.state, self.settings, self.shard = state, settings, state.shard
         self.jumprelu = settings.support == "jumprelu"
         threshold = state.weights.threshold.numpy()
         super().__init__(
@@ -32,7 +34,7 @@ class Step(Forward):
             # the threshold decides a pair; without one it is 0, since only positive latents are active
             gate=threshold if self.jumprelu else np.zeros_like(threshold),
             bandwidth=settings.bandwidth if self.jumprelu else 0.0,
-            l0=settings.l0_wanted,
+            l0=settings.l0_wanted / (self.shard.count if self.shard else 1),
             scales=(state.scale_in, state.scale_out),
         )
 
@@ -67,15 +69,19 @@ class Step(Forward):
             if not (short & (self.row_bound > 0)).any():
                 break
             self.row_bound[short] = 0
-        keep_largest(self.pairs, k, by_row, self.active)
+        keep_largest(self.pairs, k, by_row, self.active, self.shard)
 
     def _decode(self) -> None:
         """Lists by row, reconstructions, and g."""
         n = self.batch
-        offsets, latents, acts = self.lists()
+        lists = self.lists()
         parts = parts_of(n, ROWS)
-        self.g, self.g_sum = self._take("g", n, self.d_out), self._take("g sum", len(parts), self.d_out)
         self.squared_error, self.numbers = np.empty(n, self.dtype), self._numbers()
+        self.g_sum = self._take("g sum", len(parts), self.d_out)
+        if self.shard is not None:
+            self._decode_together(self.shard, parts, *lists)
+            return
+        self.g, (offsets, latents, acts) = self._take("g", n, self.d_out), lists
 
         def decode(index: int) -> None:
             part = parts[index]
@@ -85,6 +91,33 @@ class Step(Forward):
             )  # fmt: skip
 
         self.workers.run(decode, range(len(parts)))
+
+    def _decode_together(
+        self, shard: Shard, parts: list[slice], offsets: np.ndarray, latents: np.ndarray, acts: np.ndarray
+    ) -> None:
+        """The same with the other shards, whose parts of the reconstructions and L0 are added to its own."""
+        n, size = self.batch, self.batch * self.d_out
+        both = self._take("g", size + n)
+        self.g = both[:size].reshape(n, self.d_out)
+        bias = self.w["b_dec"] if shard.index == 0 else np.zeros_like(self.w["b_dec"])
+
+        def decode(index: int) -> None:
+            part = parts[index]
+            loops.decode_part(
+                self.w["W_dec"], bias, offsets[part.start : part.stop + 1], latents, acts, self.g[part]
+            )
+
+        def miss(index: int) -> None:
+            part = parts[index]
+            loops.miss_rows(
+                self.y[part], self.g[part], self.squared_error[part], self.g_sum[index], self.numbers
+            )
+
+        self.workers.run(decode, range(len(parts)))
+        both[size:] = self.l0
+        shard.add(torch.from_numpy(both))
+        self.l0 = both[size:]
+        self.workers.run(miss, range(len(parts)))
 
     def _figures(self) -> StepFigures:
         settings, l0 = self.settings, torch.from_numpy(self.l0.astype(self.dtype))
@@ -97,7 +130,12 @@ class Step(Forward):
             value = sparsity_value(settings.sparsity, l0, rate, target)
             rows, latents = sparsity_gradient(settings.sparsity, l0, rate, target)
         self.gamma_rows, self.gamma_latents = rows.numpy(), latents.numpy()
+        if self.shard is not None and settings.sparsity.kind == "frequency":
+            self.shard.add(value)
         total = self.squared_error.sum() + self.row_norm.sum() + self.y_square
+        finite = torch.tensor(bool(np.isfinite(total)) and bool(torch.isfinite(value)))
+        if self.shard is not None:
+            finite = self.shard.all(finite)
         return StepFigures(
             squared_error=torch.from_numpy(self.squared_error),
             l0=l0,
@@ -105,7 +143,7 @@ class Step(Forward):
             sparsity=value,
             y_sum=torch.from_numpy(self.y_sum),
             y_square=torch.tensor(self.y_square),
-            finite=torch.tensor(bool(np.isfinite(total)) and bool(torch.isfinite(value))),
+            finite=finite,
         )
 
     def _numbers(self) -> loops.Numbers:
@@ -147,8 +185,13 @@ class Step(Forward):
 
         self.workers.run(update, range(len(self.blocks)))
         gradient = self.g_sum.sum(0)
+        if self.shard is not None and self.shard.index > 0:
+            # one shard's, so that b_dec stays the same on all, to the last bit, whatever their machines are
+            gradient[:] = 0
         if state.weights.tied:
             gradient -= b_in_sum.sum(0)
+        if self.shard is not None:
+            self.shard.add(torch.from_numpy(gradient))
         mean = np.empty(0, self.dtype) if first is None else first["b_dec"]
         adam(self.w["b_dec"], gradient, mean, second["b_dec"], self.numbers.rate, self.numbers)
         if settings.support == "batchtopk":
@@ -159,8 +202,10 @@ class Step(Forward):
 
     def _follow_least(self) -> None:
         kept = [p.values[: p.starts[-1]] for p in self.pairs]
-        least = min((float(v[v > 0].min()) for v in kept if (v > 0).any()), default=None)
-        if least is not None:
+        least = min((float(v[v > 0].min()) for v in kept if (v > 0).any()), default=math.inf)
+        if self.shard is not None:
+            least = float(self.shard.gather(self.state.l0_shift.new_tensor(least)).amin())
+        if math.isfinite(least):
             share = self.settings.threshold_lr if self.state.steps > 1 else 1.0
             threshold = self.state.weights.threshold
             threshold += share * (least - threshold)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.kernels.cpu_loops import Pairs
+from sae.kernels.shards import Shard, largest_of_all
 
 # latents looked at to guess how large the k-th largest pre-activation is
 _SAMPLE = 1024
@@ -35,24 +36,30 @@ def first_bounds(
     bounds[:] = least.clamp(min=0).expand(len(bounds)).numpy()
 
 
-def keep_largest(pairs: list[Pairs], k: int, by_row: bool, active: np.ndarray) -> None:
+def keep_largest(
+    pairs: list[Pairs], k: int, by_row: bool, active: np.ndarray, shard: Shard | None = None
+) -> None:
     """Drops all pairs but the largest, and counts what is left of each row in `active` [block, batch].
 
-    Ties go to the earlier row, then to the lower latent.
+    Ties go to the earlier row, then to the lower latent. A shard's are held against those of the others.
     """
     sizes = [int(block.starts[-1]) for block in pairs]
     rows = np.concatenate([block.rows[:size] for block, size in zip(pairs, sizes, strict=True)])
     values = np.concatenate([block.values[:size] for block, size in zip(pairs, sizes, strict=True)])
     # pairs lie in the order of latents, and within a latent of rows; stable sorts keep that among equals
     order = np.argsort(rows, kind="stable")
-    order = order[np.argsort(-values[order], kind="stable")]
     kept = np.zeros(len(rows), bool)
-    if by_row:
-        order = order[np.argsort(rows[order], kind="stable")]
-        begin = np.searchsorted(rows[order], np.arange(active.shape[1]))
-        kept[order[np.arange(len(order)) - begin[rows[order]] < k]] = True
+    if shard is not None:
+        sorted_pairs = torch.from_numpy(rows[order]).long(), torch.from_numpy(values[order])
+        kept[order] = largest_of_all(*sorted_pairs, k, active.shape[1], by_row, shard).numpy()
     else:
-        kept[order[: k * active.shape[1]]] = True
+        order = order[np.argsort(-values[order], kind="stable")]
+        if by_row:
+            order = order[np.argsort(rows[order], kind="stable")]
+            begin = np.searchsorted(rows[order], np.arange(active.shape[1]))
+            kept[order[np.arange(len(order)) - begin[rows[order]] < k]] = True
+        else:
+            kept[order[: k * active.shape[1]]] = True
     for index, (block, part) in enumerate(zip(pairs, np.split(kept, np.cumsum(sizes)[:-1]), strict=True)):
         active[index] = np.bincount(_drop(block, part), minlength=active.shape[1])
 

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sae.kernels.shards import Shard, largest_of_all
 from sae.kernels.step import TRAINED, Job, StepFigures, StepSettings, StepState, StepWeights
 from sae.losses import sparsity_value
 
@@ -50,6 +51,20 @@ class _Gate(torch.autograd.Function):
         return None, -(window * grad).sum(0) / ctx.bandwidth, None
 
 
+class _Whole(torch.autograd.Function):
+    """The sum of all shards' parts, whose gradient is every part's."""
+
+    @staticmethod
+    def forward(ctx, part, shard):  # type: ignore[override]
+        whole = part.clone()
+        shard.add(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return grad, None
+
+
 class ReferenceKernel:
     """`reference_step` as a kernel: for any device, dense."""
 
@@ -84,7 +99,8 @@ def reference_step(
     """
     dtype = state.weights.threshold.dtype
     x, y = rows_in.to(dtype) / state.scale_in, rows_out.to(dtype) / state.scale_out
-    gradients, figures, least = reference_gradients(state.weights, x, y, settings, state.l0_shift)
+    found = reference_gradients(state.weights, x, y, settings, state.l0_shift, state.shard)
+    gradients, figures, least = found
     if figures.finite:
         _update(state, gradients, figures, least, settings)
     return figures
@@ -96,38 +112,65 @@ def reference_gradients(
     y: Float[Tensor, "batch d_out"],
     settings: StepSettings,
     l0_shift: Float[Tensor, ""] | float = 0.0,
+    shard: Shard | None = None,
 ) -> tuple[dict[str, Tensor], StepFigures, Float[Tensor, ""]]:
     """Gradients of the trained parameters by autograd, the figures, and the least activation.
 
     A tied `b_in` adds its own gradient to `b_dec`'s.
     """
+
+    def whole(part: Tensor) -> Tensor:
+        return part if shard is None else _Whole.apply(part, shard)
+
     leaves = {name: getattr(weights, name).detach().requires_grad_(True) for name in TRAINED}
-    centred = x - (leaves["b_dec"] if weights.tied else weights.b_in)
-    pre = centred @ leaves["W_enc_t"].T + leaves["b_enc"]
+    leaves["b_in"] = weights.b_in.detach().requires_grad_(weights.tied)
+    pre = (x - leaves["b_in"]) @ leaves["W_enc_t"].T + leaves["b_enc"]
     if settings.support == "jumprelu":
         acts = _JumpReLU.apply(pre, leaves["threshold"], settings.bandwidth)
         gate = _Gate.apply(pre, leaves["threshold"], settings.bandwidth)
-        target = settings.l0_wanted + l0_shift
-        sparsity = sparsity_value(settings.sparsity, gate.sum(1), gate.mean(0), target)
+        l0, target = whole(gate.sum(1)), settings.l0_wanted + l0_shift
+        sparsity = sparsity_value(settings.sparsity, l0, gate.mean(0), target)
     else:
-        gate = largest(pre.detach(), settings.k, by_row=settings.support == "topk") & (pre.detach() > 0)
-        gate = gate.to(pre.dtype)
-        acts, sparsity = pre * gate, pre.new_zeros(())
-    squared_error = ((acts @ leaves["W_dec"] + leaves["b_dec"] - y) ** 2).sum(1)
+        gate = _largest_positive(pre.detach(), settings, shard).to(pre.dtype)
+        acts, l0, sparsity = pre * gate, whole(gate.sum(1)), pre.new_zeros(())
+    squared_error = ((whole(acts @ leaves["W_dec"]) + leaves["b_dec"] - y) ** 2).sum(1)
     loss = squared_error.mean() + sparsity
-    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-    gate = gate.detach()
+    wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
+    gradients, gate = dict(zip(wanted, found, strict=True)), gate.detach()
+    if weights.tied:
+        gradients["b_dec"] = gradients["b_dec"] + whole(gradients.pop("b_in"))
+    finite, least = torch.isfinite(loss.detach() + x.sum() + y.sum()), _least(pre.detach(), gate)
+    if shard is not None:
+        finite, least = shard.all(finite), shard.gather(least).amin()
+        if settings.sparsity.kind == "frequency":
+            sparsity = whole(sparsity)
     figures = StepFigures(
         squared_error=squared_error.detach(),
-        l0=gate.sum(1),
+        l0=l0.detach(),
         fired=gate.sum(0).long(),
         sparsity=sparsity.detach(),
         y_sum=y.sum(0),
         y_square=(y**2).sum(),
-        finite=torch.isfinite(loss.detach() + x.sum() + y.sum()),
+        finite=finite,
     )
-    least = torch.where(gate > 0, pre.detach(), torch.inf).amin()
-    return dict(zip(leaves, found, strict=True)), figures, least
+    return gradients, figures, least
+
+
+def _least(pre: Float[Tensor, "batch d_sae"], gate: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
+    return torch.where(gate > 0, pre, torch.inf).amin()
+
+
+def _largest_positive(
+    pre: Float[Tensor, "batch d_sae"], settings: StepSettings, shard: Shard | None
+) -> Bool[Tensor, "batch d_sae"]:
+    """What topk and batchtopk make active."""
+    positive, by_row = pre > 0, settings.support == "topk"
+    if shard is None:
+        return largest(pre, settings.k, by_row=by_row) & positive
+    rows, values = positive.nonzero()[:, 0], pre[positive]
+    chosen = largest_of_all(rows, values, settings.k, len(pre), by_row, shard)
+    return torch.zeros_like(positive).masked_scatter_(positive, chosen)
 
 
 def largest(pre: Float[Tensor, "batch d_sae"], k: int, *, by_row: bool) -> Bool[Tensor, "batch d_sae"]:

@@ -9,7 +9,8 @@ One step, in the trainer's units: rows are divided by the state's scale, so that
     latents silent for `pull_after` rows are drawn towards firing; thresholds stay >= 0
     the L0 that the sparsity term aims at moves by `l0_gain` times what was missed
 
-A step whose input or error is not finite changes nothing and says so in its figures.
+A step whose input or error is not finite changes nothing and says so in its figures. Shards of a dictionary
+(`shards`) together make the step of the whole one, to rounding.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from sae.kernels.shards import Shard
 from sae.losses import Sparsity
 
 Support = Literal["jumprelu", "topk", "batchtopk"]
@@ -28,6 +30,9 @@ where positive. Equal values go to the earlier row, then to the lower latent."""
 
 TRAINED = ("W_enc_t", "b_enc", "W_dec", "b_dec", "threshold")
 """Names of the parameters that Adam moves."""
+
+PER_LATENT = ("W_enc_t", "b_enc", "W_dec", "threshold")
+"""Those of which each latent has a row: a shard has its own latents' only."""
 
 
 @dataclasses.dataclass
@@ -84,10 +89,19 @@ class StepState:
     scale_out: float = 1.0
     steps: int = 0
     """Steps made. One that was refused is not counted."""
+    shard: Shard | None = None
+    """Set where the state has some of a dictionary's latents and other states have the rest. They make their
+    steps together, from the same rows, and all have the same b_dec, l0_shift and b_in."""
 
     @classmethod
     def begin(
-        cls, weights: StepWeights, *, beta1: float, scale_in: float = 1.0, scale_out: float = 1.0
+        cls,
+        weights: StepWeights,
+        *,
+        beta1: float,
+        scale_in: float = 1.0,
+        scale_out: float = 1.0,
+        shard: Shard | None = None,
     ) -> "StepState":
         """The state before the first step."""
         threshold = weights.threshold
@@ -99,6 +113,7 @@ class StepState:
             l0_shift=torch.zeros((), dtype=threshold.dtype, device=threshold.device),
             scale_in=scale_in,
             scale_out=scale_out,
+            shard=shard,
         )
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -153,7 +168,10 @@ class Job(NamedTuple):
 
 @dataclasses.dataclass
 class StepFigures:
-    """What a step saw, on the state's device. The state is as it was if `finite` is false."""
+    """What a step saw, on the state's device. The state is as it was if `finite` is false.
+
+    Shards see what the whole dictionary does, but for `fired`, which is of their own latents.
+    """
 
     squared_error: Float[Tensor, " batch"]
     """||reconstruction - y||^2 of each row."""

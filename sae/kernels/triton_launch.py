@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int32, Int64
 from torch import Tensor
 
+from sae.kernels.shards import Shard
 from sae.kernels.step import StepFigures, StepSettings, StepState
 from sae.kernels.triton_largest import mask_largest
 from sae.losses import sparsity_gradient, sparsity_value
@@ -82,7 +83,7 @@ class Step:
     ) -> None:
         self.loops, self.update = kernels
         self.buffers, self.pairs_per_row = buffers, pairs_per_row
-        self.state, self.screens, self.settings = state, screens, settings
+        self.state, self.screens, self.settings, self.shard = state, screens, settings, state.shard
         self.options, self.rates, self.betas = given[:6], given[6:8], given[10:]
         self.wanted, self.gain = given[8].float(), given[9].float()
         self.d_sae, self.d_in = state.weights.W_enc_t.shape
@@ -115,7 +116,8 @@ class Step:
         else:
             weights = self.state.weights
             by_batch = self.settings.support == "batchtopk"
-            mask_largest(x, weights.W_enc_t, weights.b_enc, self.settings.k, by_batch, by_row, by_latent)
+            product = x, weights.W_enc_t, weights.b_enc
+            mask_largest(*product, self.settings.k, by_batch, by_row, by_latent, self.shard)
         g, active, rows = self.code(x, rows_out, by_row)
         gate_rows, finite, numbers = self.decide(rows)
         sums, carried = self.move_latents(x, g, gate_rows, active, by_latent, numbers)
@@ -126,6 +128,8 @@ class Step:
             target = self.wanted + self.state.l0_shift
             sparsity = sparsity_value(self.settings.sparsity, l0, rate, target)
             gate_latents = sparsity_gradient(self.settings.sparsity, l0, rate, target)[1]
+        if self.shard is not None and self.settings.sparsity.kind == "frequency":
+            self.shard.add(sparsity)
         self.move_vectors(sums, gate_latents, numbers, batch)
         self.move_bias(g, carried, numbers)
         self.steer(l0, finite)
@@ -196,16 +200,39 @@ class Step:
         w, batch = self.state.weights, len(x)
         capacity = batch * self.pairs_per_row
         ends, index = self.entries(by_row, capacity)
-        g = self.take("g", batch, self.d_out)
+        both = self.take("g", batch * (self.d_out + 1))
+        g = both[: batch * self.d_out].view(batch, self.d_out)
         active = self.take("active", *by_row.shape, dtype=torch.int32).zero_()
         # not from the buffers: the figures are given away
         rows = torch.empty(5, batch, device=x.device)
         self.loops.code_rows[(batch,)](
             x, rows_out, w.W_enc_t, w.b_enc, w.W_dec, w.b_dec, w.threshold, by_row, active, index, ends,
             g, rows, batch, self.d_in, self.d_out, self.d_sae, capacity, float(self.state.scale_out),
-            JUMP=self.jump, **self.pair_shape,
+            JUMP=self.jump, PART=self.shard is not None, **self.pair_shape,
         )  # fmt: skip
+        if self.shard is not None:
+            self.join(self.shard, both, g, rows, rows_out)
         return g, active, rows
+
+    def join(
+        self,
+        shard: Shard,
+        both: Float[Tensor, " numbers"],
+        g: Float[Tensor, "batch d_out"],
+        rows: Float[Tensor, "5 batch"],
+        rows_out: Float[Tensor, "batch d_out"],
+    ) -> None:
+        """Makes of a shard's part what `code_rows` leaves of a whole dictionary. `both` is the memory that g
+        begins, with room for the rows' L0 behind it.
+        """
+        both[g.numel() :] = rows[1]
+        shard.add(both)
+        y = rows_out.float() / self.state.scale_out
+        error = g + self.state.weights.b_dec - y
+        rows[0], rows[1] = error.square().sum(1), both[g.numel() :]
+        rows[3] = y.square().sum(1)
+        rows[4] += y.sum(1)
+        torch.mul(error, 2 / len(error), out=g)
 
     def decide(
         self, rows: Float[Tensor, "5 batch"]
@@ -222,11 +249,15 @@ class Step:
             rate = l0.new_ones(1)
             check = check + sparsity_value(self.settings.sparsity, l0, rate, target)
             gate_rows = sparsity_gradient(self.settings.sparsity, l0, rate, target)[0]
-        finite = torch.isfinite(check)
+        finite, least = torch.isfinite(check), least.amin()
+        if self.shard is not None:
+            finite = self.shard.all(finite)
+            if self.settings.support == "batchtopk":
+                least = self.shard.gather(least).amin()
         steps = self.screens.steps + 1
         left = 1 - self.betas**steps
         share = torch.where(steps > 1, self.rates[1], 1.0)
-        parts = (finite, self.rates / left[0], left[1].sqrt(), self.rates, least.amin(), share)
+        parts = (finite, self.rates / left[0], left[1].sqrt(), self.rates, least, share)
         numbers = torch.cat([part.double().view(-1) for part in parts])
         self.screens.steps += finite
         return gate_rows, finite, numbers
@@ -280,8 +311,13 @@ class Step:
     ) -> None:
         """Moves b_dec, by the input's share too where it is b_in."""
         w, gradient = self.state.weights, g.sum(0)
+        if self.shard is not None and self.shard.index > 0:
+            # one shard's, so that b_dec stays the same on all, to the last bit, whatever their machines are
+            gradient.zero_()
         if w.tied:
             gradient -= carried.sum(0)
+        if self.shard is not None:
+            self.shard.add(gradient)
         self.update.move_bias[(_blocks(self.d_out, 256),)](
             w.b_dec, gradient, self.first.b_dec, self.state.second.b_dec, numbers, self.options, self.d_out,
             HAS_FIRST=self.has_first, WIDTH=256, num_warps=4,

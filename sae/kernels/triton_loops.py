@@ -241,12 +241,14 @@ def decode(
 def code_rows(
     x, rows_out, W_enc, b_enc, W_dec, b_dec, threshold, by_row, active_by_row, index, ends, g, figures,
     batch, d_in, d_out, d_sae, capacity, scale,
-    JUMP: tl.constexpr, TILE: tl.constexpr, WIDTH_IN: tl.constexpr, WIDTH_OUT: tl.constexpr,
+    JUMP: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr, WIDTH_IN: tl.constexpr,
+    WIDTH_OUT: tl.constexpr,
 ):  # fmt: skip
     """g = 2 / batch (reconstruction - y) [batch, d_out], and the rows' figures.
 
     figures [5, batch]: squared error, L0, least activation (or infinity), ||y||^2, and sum(x) + sum(y),
-    which is not finite if any of them is not.
+    which is not finite if any of them is not. With `PART`, for a shard, which needs what the others have to
+    go on: g = acts W_dec, L0, least activation, and in the last line sum(x).
     """
     row = tl.program_id(0)
     total, l0, least, here = decode(
@@ -256,12 +258,16 @@ def code_rows(
     column = tl.arange(0, WIDTH_OUT)
     inside = column < d_out
     at = row.to(tl.int64) * d_out + column
-    y = tl.math.div_rn(tl.load(rows_out + at, mask=inside, other=0.0).to(tl.float32), scale)
-    y = tl.where(inside, y, 0.0)
-    error = total + tl.load(b_dec + column, mask=inside, other=0.0) - y
-    tl.store(g + at, error * (2.0 / batch), mask=inside)
-    tl.store(figures + row, tl.sum(error * error, axis=0))
     tl.store(figures + batch + row, l0)
     tl.store(figures + 2 * batch + row, least)
-    tl.store(figures + 3 * batch + row, tl.sum(y * y, axis=0))
-    tl.store(figures + 4 * batch + row, tl.sum(here, axis=0) + tl.sum(y, axis=0))
+    if PART:
+        tl.store(g + at, total, mask=inside)
+        tl.store(figures + 4 * batch + row, tl.sum(here, axis=0))
+    else:
+        y = tl.math.div_rn(tl.load(rows_out + at, mask=inside, other=0.0).to(tl.float32), scale)
+        y = tl.where(inside, y, 0.0)
+        error = total + tl.load(b_dec + column, mask=inside, other=0.0) - y
+        tl.store(g + at, error * (2.0 / batch), mask=inside)
+        tl.store(figures + row, tl.sum(error * error, axis=0))
+        tl.store(figures + 3 * batch + row, tl.sum(y * y, axis=0))
+        tl.store(figures + 4 * batch + row, tl.sum(here, axis=0) + tl.sum(y, axis=0))
