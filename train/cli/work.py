@@ -13,7 +13,7 @@ from typing import Any
 import sae
 from activations.blocks import Cursor, TokenBlocks, iter_blocks
 from activations.corpora import load_corpus
-from activations.harvest import RowBatch, harvest_rows
+from activations.harvest import RowBatch, Wanted, harvest_rows
 from activations.models import LanguageModel, load_model
 from activations.shapes import model_shape
 from activations.sites import expand_sites, layer_of, parse_layers, site_label
@@ -134,7 +134,7 @@ def harvest(options: HarvestOptions) -> Store:
         widths={site: model.site_width(site) for site in sites},
     )
 
-    def source(start: Cursor) -> Iterator[RowBatch]:
+    def source(start: Cursor, wanted: Wanted | None = None) -> Iterator[RowBatch]:
         blocks = iter_blocks(
             model,
             corpus,
@@ -145,7 +145,7 @@ def harvest(options: HarvestOptions) -> Store:
             max_tokens=options.tokens,
             start=start,
         )
-        return harvest_rows(model, blocks, sites)
+        return harvest_rows(model, blocks, sites, wanted)
 
     _plan_harvest(options, model, sites, source(Cursor()))
     with progress() as report:
