@@ -30,7 +30,9 @@ class Spans:
         shards = -(-(wanted - first) // shard_rows)
         least = 1 if world == 1 else -(-_BATCHES * batch_rows // shard_rows)
         count = world * max(1, shards // (world * least))
-        return cls(first, wanted, shard_rows, tuple(shards * i // count for i in range(count + 1)), world)
+        # rounded up, so that the first rank has the first shard however few there are
+        bounds = tuple(-(-shards * i // count) for i in range(count + 1))
+        return cls(first, wanted, shard_rows, bounds, world)
 
     def turns_of(self, row: int) -> int:
         """In how many turns the rows before `row` are written."""

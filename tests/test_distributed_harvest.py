@@ -59,7 +59,7 @@ def test_spans_divide_the_rows_at_the_ends_of_shards(first, more, shard_rows, ba
         assert owner[row - first] == owner[begin - first]
         assert row < spans.end_of_span(spans.span_of(row)) <= wanted
     lengths = [end - begin for begin, end in itertools.pairwise(spans.bounds)]
-    assert max(lengths) <= 1 + min(lengths)
+    assert max(lengths) <= 1 + min(lengths) and owner[0] == 0
     for row in range(first, wanted, 7):
         count = min(13, wanted - row)
         here = set(owner[row - first : row - first + count])
@@ -72,6 +72,9 @@ def test_spans_divide_the_rows_at_the_ends_of_shards(first, more, shard_rows, ba
 def test_several_ranks_write_the_files_of_one(tmp_path, world, dtype):
     write(tmp_path / "one", 400, SMALL, dtype=dtype)
     stores = write_by(world, tmp_path / "many", dtype=dtype)
+    write(tmp_path / "small", 20, SMALL, dtype=dtype)
+    write_by(world, tmp_path / "small of many", 20, dtype=dtype)
+    assert files(tmp_path / "small of many") == files(tmp_path / "small")
     assert all((store.rows, store.complete) == (400, True) for store in stores)
     assert files(tmp_path / "many") == files(tmp_path / "one")
     if dtype == "auto":
@@ -87,9 +90,9 @@ def test_a_batch_is_made_twice_only_at_the_edge_of_spans(tmp_path):
 
 @pytest.mark.parametrize("rows", [3, 31, 61, 230, 390])
 def test_a_text_that_ends_early_ends_it_for_all(tmp_path, rows):
-    write(tmp_path / "one", rows, SMALL, wanted_rows=400)
+    write(tmp_path / "one", rows, SMALL, wanted_rows=400, dtype="int8")
     for world in (2, 3):
-        stores = write_by(world, tmp_path / str(world), rows, wanted_rows=400)
+        stores = write_by(world, tmp_path / str(world), rows, wanted_rows=400, dtype="int8")
         assert [(store.rows, store.manifest["corpus_ended"]) for store in stores] == [(rows, True)] * world
         assert files(tmp_path / str(world)) == files(tmp_path / "one")
 

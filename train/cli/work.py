@@ -15,6 +15,7 @@ from activations.blocks import Cursor, TokenBlocks, iter_blocks
 from activations.corpora import load_corpus
 from activations.harvest import RowBatch, Wanted, harvest_rows
 from activations.models import LanguageModel, load_model
+from activations.ranks import Ranks, alone
 from activations.shapes import model_shape
 from activations.sites import expand_sites, layer_of, parse_layers, site_label
 from activations.store import Store
@@ -115,11 +116,13 @@ def load_run(
     return LoadedRun(folder=folder, config=config, model=model, dictionaries=dictionaries)
 
 
-def harvest(options: HarvestOptions) -> Store:
-    """Writes a store of activations, or goes on with one."""
+def harvest(options: HarvestOptions, ranks: Ranks | None = None) -> Store:
+    """Writes a store of activations, or goes on with one; `ranks` do it together."""
+    ranks = ranks or alone()
     corpus = load_corpus(options.corpus)
     note(f"loading {options.model}")
-    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    with ranks.busy("loading the model"):
+        model = load_model(options.model, dtype=options.dtype, device=options.device)
     sites = expand_sites(options.sites, options.layers, model.n_layers)
     model.check_sites(sites)
     facts = StoreFacts(
@@ -147,7 +150,8 @@ def harvest(options: HarvestOptions) -> Store:
         )
         return harvest_rows(model, blocks, sites, wanted)
 
-    _plan_harvest(options, model, sites, source(Cursor()))
+    with ranks.busy("measuring the model"):
+        _plan_harvest(options, model, sites, source(Cursor()), ranks)
     with progress() as report:
         return write_store(
             options.out,
@@ -156,18 +160,25 @@ def harvest(options: HarvestOptions) -> Store:
             wanted_rows=options.tokens,
             dtype=options.store_dtype,
             on_rows=lambda n: report("harvest", n, options.tokens),
+            ranks=ranks,
         )
 
 
 def _plan_harvest(
-    options: HarvestOptions, model: LanguageModel, sites: tuple[str, ...], rows: Iterator[RowBatch]
+    options: HarvestOptions,
+    model: LanguageModel,
+    sites: tuple[str, ...],
+    rows: Iterator[RowBatch],
+    ranks: Ranks,
 ) -> None:
-    """Prints what the harvest takes. Raises UserError when that is not free."""
+    """Prints what the harvest takes: memory of each rank, time of all. Raises UserError when that is not free."""
+    measured = measure_harvest(model, rows, sites, options.context)
+    assert measured.harvest_rate is not None
     planned = plan_harvest(
         model_shape(options.model),
         {site: model.site_width(site) for site in sites},
         model.dtype,
-        measure_harvest(model, rows, sites, options.context),
+        dataclasses.replace(measured, harvest_rate=measured.harvest_rate * ranks.world),
         device=model.device,
         tokens=options.tokens,
         context=options.context,
