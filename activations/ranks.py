@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import json
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +23,11 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from activations.watch import HANG_SECONDS, RankLost, Watch, hang_seconds
+from activations.torchrun import under_torchrun
+from activations.watch import HANG_SECONDS, USAGE, RankLost, Watch, hang_seconds, loss_record
 from sae.errors import UserError
 
-__all__ = ["Group", "RankLost", "Ranks", "alone", "open_ranks", "under_torchrun"]
+__all__ = ["Group", "RankLost", "Ranks", "alone", "open_ranks"]
 
 _FOREVER = timedelta(days=30)
 """The watch says when a wait has been too long, and knows why; the library's own clock must not."""
@@ -229,12 +231,8 @@ class Ranks:
 
     def _blame(self, error: RuntimeError) -> None:
         """A connection breaks when a rank dies, which the watch will find out; else the error stands."""
-        assert self._watch is not None
         until = time.monotonic() + 2 * hang_seconds()
-        with self._watch.still("a broken connection"):
-            while time.monotonic() < until:
-                self._watch.check()
-                time.sleep(0.05)
+        self._wait(lambda: time.monotonic() > until, "waiting for the reason of a broken connection")
         raise error
 
     @contextlib.contextmanager
@@ -250,11 +248,6 @@ class Ranks:
 def alone() -> Ranks:
     """A world of one: every call returns at once."""
     return Ranks((0, 1, 0))
-
-
-def under_torchrun() -> bool:
-    """Whether this process is one of several that torchrun, or what speaks like it, has started."""
-    return os.environ.get("WORLD_SIZE", "1").strip() not in ("", "0", "1")
 
 
 @contextlib.contextmanager
@@ -309,16 +302,15 @@ def _join() -> tuple[Ranks, Watch]:
             return PrefixStore(prefix, client)
 
         _meet(store := connect(), rank, world, 4 * hang)
-        watch = Watch(store, rank, world, hang)
+        watch = Watch(store, rank, world, hang, hosting)
         ranks = Ranks((rank, world, local_rank), connect, watch)
         watch.start(ranks.share("the others", watch.me()))
     except dist.DistError as error:
         what = "open a store for the ranks at" if hosting else "reach the ranks' store at"
-        raise UserError(
-            f"rank {rank} must be able to {what} {host}:{port}",
-            str(error).partition("\n")[0],
-            "choose a free port (torchrun --master-port) that all machines can reach",
-        ) from error
+        must, found = f"rank {rank} must be able to {what} {host}:{port}", str(error).partition("\n")[0]
+        do = "choose a free port (torchrun --master-port) that all machines can reach"
+        # the others cannot be told, so this rank says it itself
+        raise RankLost(loss_record(rank, socket.gethostname(), rank, must, found, do, USAGE)) from error
     return ranks, watch
 
 

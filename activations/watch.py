@@ -31,11 +31,18 @@ LOST = 75
 USAGE = 2
 HANG_SECONDS = "JUMPSCOPE_HANG_SECONDS"
 _HANG = 45.0
-_GRACE = 12.0
-"""Seconds that a rank has to leave by itself once another is lost; then it may hang in a library's call."""
+_GRACE = 0.25
+"""Part of that time that a rank has to leave by itself, once another is lost; it may hang in a library."""
 _REASON = 3.0
-"""Seconds that a stopped rank looks for the death that may be behind it."""
+"""Seconds that a stopped rank looks for the death behind it, and that a store's host waits for others."""
 _RECORD = "lost"
+_MUST = "every rank of a run must live to its end"
+_AGAIN = "start it again (train with --resume): it goes on from its newest checkpoint, or what else is whole"
+
+
+def loss_record(rank: int, host: str, by: int, must: str, found: str, do: str, code: int) -> dict[str, Any]:
+    """What is written down of a lost rank; `by` found it out. Code 0 is a stop that was asked for."""
+    return {"rank": rank, "host": host, "by": by, "must": must, "found": found, "do": do, "code": code}
 
 
 class RankLost(UserError):
@@ -44,6 +51,8 @@ class RankLost(UserError):
     def __init__(self, loss: dict[str, Any]) -> None:
         super().__init__(loss["must"], loss["found"], loss["do"])
         self.rank, self.host, self.code = int(loss["rank"]), str(loss["host"]), int(loss["code"])
+        # rank 0 speaks for all; where it died, whoever found that out
+        self.speaker = int(loss["by"]) if self.rank == 0 else 0
 
 
 def hang_seconds() -> float:
@@ -64,13 +73,15 @@ class Watch:
     `moved`, `still` and `check` are the main thread's; everything else may be called from any thread.
     """
 
-    def __init__(self, store: Store, rank: int, world: int, hang: float) -> None:
-        self.rank, self.world, self.told = rank, world, False
+    def __init__(self, store: Store, rank: int, world: int, hang: float, hosting: bool) -> None:
+        self.rank, self.world = rank, world
+        self._hosting, self._told = hosting, False
         self.host = socket.gethostname()
         self.hosts = [self.host] * world
         self._store, self._tick = store, min(1.0, hang / 10)
         self._patience = round(hang / self._tick)
         self._doing, self._moves, self._still = "starting", 0, 0
+        self._moving = False
         self._lost: dict[str, Any] | None = None
         self._neighbours: dict[int, psutil.Process] = {}
         self._closed = threading.Event()
@@ -90,8 +101,8 @@ class Watch:
         self._thread.start()
 
     def moved(self) -> None:
-        """The main thread is getting on. Raises as `check` does."""
-        self._moves += 1
+        """The main thread is getting on, and from now on is expected to. Raises as `check` does."""
+        self._moves, self._moving = self._moves + 1, True
         self.check()
 
     @contextlib.contextmanager
@@ -119,32 +130,27 @@ class Watch:
 
     def report(self, rank: int, must: str, found: str, do: str, code: int) -> dict[str, Any]:
         """Writes down, for all, that a rank is lost. The first report counts, and is returned."""
-        loss = {"rank": rank, "host": self.hosts[rank], "must": must, "found": found, "do": do, "code": code}
+        found_out = loss_record(rank, self.hosts[rank], self.rank, must, found, do, code)
         with contextlib.suppress(dist.DistError):
-            loss = json.loads(self._store.compare_set(_RECORD, "", json.dumps(loss)))
-        self._lost = loss
-        return loss
-
-    def speaks(self, loss_rank: int) -> bool:
-        """Whether this rank says the one line: rank 0, or rank 1 when rank 0 is what was lost."""
-        return self.rank == (1 if loss_rank == 0 else 0)
+            found_out = json.loads(self._store.compare_set(_RECORD, "", json.dumps(found_out)))
+        self._lost = found_out
+        return found_out
 
     def store_is_gone(self) -> None:
         """Takes down that the store does not answer."""
-        found = "the store of torchrun's agent, on MASTER_ADDR, does not answer any more"
-        self._lost = self._lost or {
-            "rank": 0,
-            "host": os.environ.get("MASTER_ADDR", self.hosts[0]),
-            **_parts("the agent of the first machine must live as long as the run", found, LOST),
-        }
+        # nobody can be told, so each machine says it once
+        by = self.rank if os.environ.get("LOCAL_RANK", "0") == "0" else 0
+        host = os.environ.get("MASTER_ADDR", self.hosts[0])
+        found = f"the store at {host}, the first machine, does not answer any more"
+        self._lost = self._lost or loss_record(0, host, by, _MUST, found, _AGAIN, LOST)
 
     def tell(self, error: BaseException) -> None:
         """Tells the others why this rank ends. Raises the error that stands behind this one."""
         # a library's threads may wait for a lost rank for ever, and the process, at its end, for them
         atexit.register(_exit, _code(error))
-        self.told = isinstance(error, RankLost)
+        self._told = isinstance(error, RankLost)
         where = f"rank {self.rank} on {self.host}"
-        if self.told or (isinstance(error, SystemExit) and not error.code):
+        if self._told or (isinstance(error, SystemExit) and not error.code):
             return
         if isinstance(error, KeyboardInterrupt):
             self._stopped(error, where)
@@ -152,7 +158,7 @@ class Watch:
             self.report(self.rank, f"{where}: {error.must}", error.found, error.do, USAGE)
         elif _is_memory(error):
             short = UserError(
-                f"{where} must have the memory that its work takes",
+                "the work of a rank must have the memory that it takes",
                 str(error).partition("\n")[0] or "it ran out",
                 "allow less with --memory, or start fewer ranks on a machine",
             )
@@ -161,15 +167,15 @@ class Watch:
         else:
             code = USAGE if _code(error) == USAGE else LOST
             text = f"{where} failed: {type(error).__name__}: {error}"
-            self.report(
-                self.rank, "every rank of a run must live to its end", text, "see what it wrote", code
-            )
+            self.report(self.rank, _MUST, text, "see what it wrote", code)
 
     def _stopped(self, error: KeyboardInterrupt, where: str) -> None:
         # torchrun stops all its ranks when one has died, and that is then the reason
         until = time.monotonic() + _REASON
-        while (loss := self.look()) is None and time.monotonic() < until:
-            time.sleep(0.1)
+        loss = None
+        with contextlib.suppress(dist.DistError):
+            while (loss := self.look()) is None and time.monotonic() < until:
+                time.sleep(0.1)
         if loss is not None and loss["code"]:
             self.tell(lost := RankLost(loss))
             raise lost from error
@@ -179,8 +185,12 @@ class Watch:
         """Stops looking; the others are told that this rank is gone on purpose."""
         with contextlib.suppress(dist.DistError):
             self._store.set(f"left/{self.rank}", "1")
-        self._closed.set()
-        if self._thread.is_alive():
+            everyone, until = [f"left/{rank}" for rank in range(self.world)], time.monotonic() + _REASON
+            while self._hosting and not self._store.check(everyone) and time.monotonic() < until:
+                time.sleep(0.02)
+        # where a rank was lost, the thread stays, to see that this process really ends
+        if not self._told:
+            self._closed.set()
             self._thread.join()
 
     def _run(self) -> None:
@@ -195,13 +205,13 @@ class Watch:
                 self.store_is_gone()
                 break
             silence = silence + 1 if beat == heard else 0
-            idle = idle + 1 if moves == self._moves and not self._still else 0
+            idle = idle + 1 if self._moving and moves == self._moves and not self._still else 0
             heard, moves = beat, self._moves
             if self._lost is None and silence > self._patience:
                 self._silent((self.rank + 1) % self.world, heard)
             elif self._lost is None and idle > self._patience:
                 self._stuck()
-        if self._lost is not None and not self._closed.wait(_GRACE):
+        if self._lost is not None and not self._closed.wait(_GRACE * self._patience * self._tick):
             self._leave(self._lost)
 
     def _record(self) -> dict[str, Any] | None:
@@ -230,7 +240,7 @@ class Watch:
     def _end_of(self, rank: int, what: str, doing: str = "") -> dict[str, Any]:
         doing = doing or self._beat(rank).partition(" ")[2] or "starting"
         found = f"rank {rank} on {self.hosts[rank]} {what}. It was last seen {doing}"
-        return self.report(rank, **_parts("every rank of a run must live to its end", found, LOST))
+        return self.report(rank, _MUST, found, _AGAIN, LOST)
 
     @property
     def _seconds(self) -> str:
@@ -238,15 +248,11 @@ class Watch:
 
     def _leave(self, loss: dict[str, Any]) -> None:
         # the main thread is caught in a call that never ends, so its own way out is closed
-        if not self.told and loss["code"] and self.speaks(int(loss["rank"])):
-            sys.stderr.write(f"jumpscope: {' '.join(str(RankLost(loss)).split())}\n")
+        error = RankLost(loss)
+        if not self._told and error.code and error.speaker == self.rank:
+            sys.stderr.write(f"jumpscope: {' '.join(str(error).split())}\n")
             sys.stderr.flush()
-        os._exit(loss["code"] or LOST)
-
-
-def _parts(must: str, found: str, code: int) -> dict[str, Any]:
-    do = "start the same command again: a run, a store and an index go on from what was last written whole"
-    return {"must": must, "found": found, "do": do, "code": code}
+        os._exit(error.code or LOST)
 
 
 def _alive(process: psutil.Process) -> bool:
@@ -283,6 +289,7 @@ def _is_memory(error: BaseException) -> bool:
 
 
 def _exit(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)

@@ -6,7 +6,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,7 +15,7 @@ class Processes:
     """The ranks of one run of a piece of Python, on this machine."""
 
     def __init__(self, world: int, code: str, *words: str, hang: float = 45.0, **environment: str) -> None:
-        self.store = dist.TCPStore(
+        self.store = TCPStore(
             "127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=30), wait_for_workers=False
         )
         shared = {

@@ -5,6 +5,8 @@ import math
 from rich.console import Console
 from rich.table import Table
 
+from activations.torchrun import this_rank
+
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
@@ -13,7 +15,8 @@ class _Console(Console):
 
 
 stdout = _Console(highlight=False, markup=False, emoji=False)
-stderr = _Console(stderr=True, highlight=False, markup=False, emoji=False)
+# of several ranks the first reports; errors go another way
+stderr = _Console(stderr=True, highlight=False, markup=False, emoji=False, quiet=this_rank() > 0)
 
 
 def say(text: str) -> None:

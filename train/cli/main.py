@@ -12,9 +12,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
+
+from activations.torchrun import this_rank, under_torchrun
 
 VERBS: dict[str, tuple[str, str]] = {
     "demo": (
@@ -52,11 +54,14 @@ VERBS: dict[str, tuple[str, str]] = {
     ),
     "info": ("what a run, a dictionary (here or at the hub), a store or this machine is", "info runs/gemma"),
 }
+DISTRIBUTED = ("train", "harvest", "eval", "index")
+"""The verbs that divide their work over the ranks of torchrun."""
 USAGE, INTERRUPTED, TERMINATED, BROKEN_PIPE = 2, 130, 143, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code: 0, 2 for what the user can put right, 130, 143 or 141.
+    """Runs one command line and returns its exit code: 0, 2 for what the user can put right, 130, 143 or 141,
+    and under torchrun 75 when another rank is lost.
 
     Anything unforeseen is a bug of ours and keeps its traceback.
     """
@@ -79,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         if not _is_user_error(error):
             _report_bug()
-        return _say(str(error), USAGE)
+        # a rank that is lost has a code of its own, and another rank to speak of it when it was rank 0
+        return _say(str(error), getattr(error, "code", USAGE), getattr(error, "speaker", 0))
     except OSError as error:
         if error.errno is None:
             _report_bug()
@@ -99,6 +105,8 @@ def _dispatch(words: list[str]) -> int:
     if words[0] == "--version":
         sys.stdout.write(f"jumpscope {importlib.metadata.version('jumpscope')}\n")
         return 0
+    if words[0] == "--distributed" and not under_torchrun():
+        return importlib.import_module("train.cli.launch").run(words[1:])
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
@@ -107,7 +115,25 @@ def _dispatch(words: list[str]) -> int:
     _quiet_libraries()
     # a module may not be called as a keyword is
     module = f"{verb}_" if keyword.iskeyword(verb) else verb
-    return importlib.import_module(f"train.cli.{module}").run(rest) or 0
+    run = importlib.import_module(f"train.cli.{module}").run
+    return _run_as_rank(verb, run, rest) if under_torchrun() else run(rest) or 0
+
+
+def _run_as_rank(verb: str, run: Callable[[list[str]], int | None], rest: list[str]) -> int:
+    if verb not in DISTRIBUTED:
+        ours = ", ".join(DISTRIBUTED)
+        return _say(
+            f"{verb} is the work of one process, and torchrun started several; it runs {ours}.", USAGE
+        )
+    from activations.ranks import open_ranks
+
+    with contextlib.ExitStack() as stack:
+        if this_rank():
+            # tables and lists are rank 0's to print
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(open_ranks())
+        return run(rest) or 0
 
 
 def _help() -> str:
@@ -121,6 +147,8 @@ def _help() -> str:
         "A microscope for every layer of a small open language model: harvest activations, train a\n"
         "dictionary per layer, measure them, browse what their latents mean.\n\n"
         f"{verbs}\n\n"
+        f"{', '.join(DISTRIBUTED)} also run on many processes and machines, started by torchrun:\n"
+        "  $ jumpscope --distributed --nproc-per-node 8 train --width 16k --out runs/gemma\n\n"
         "Numbers take k, M and B (1M is a million), sizes take K, M and G (8G of memory).\n"
         "`jumpscope VERB --help` teaches each verb; `jumpscope --version` says which this is.\n"
     )
@@ -170,7 +198,9 @@ def _is_user_error(error: ValueError) -> bool:
     return errors is not None and isinstance(error, errors.UserError)
 
 
-def _say(message: str, code: int) -> int:
+def _say(message: str, code: int, speaker: int = 0) -> int:
+    if this_rank() != speaker:
+        return code
     with contextlib.suppress(OSError):
         sys.stderr.write(f"jumpscope: {' '.join(message.split())}\n")
     return code
