@@ -12,3 +12,9 @@ def this_rank() -> int:
     """The number of this process among the ranks of its run; 0 where it is alone."""
     text = os.environ.get("RANK", "0").strip()
     return int(text) if under_torchrun() and text.isdecimal() else 0
+
+
+def restarts() -> int:
+    """How often torchrun has started the same command again because a rank was lost."""
+    text = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0").strip()
+    return int(text) if under_torchrun() and text.isdecimal() else 0

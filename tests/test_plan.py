@@ -11,15 +11,17 @@ from conftest import plain_model
 from activations.models import load_model
 from activations.ring import ring_bytes
 from sae import UserError
-from train import machine
+from train import machine, room
 from train import plan as planning
 from train.cli.main import main
 from train.cli.options import DemoOptions
 from train.config import TrainConfig
 from train.machine import cgroup_free
 from train.measure import measure
-from train.plan import fixed_costs, make_plan, missing_memory, plan_ring_rows, rows_to_train
+from train.plan import fixed_costs, make_plan, plan_ring_rows, rows_to_train
+from train.room import missing_memory
 from train.times import Measured
+from train.together import divide
 
 GIB = 2**30
 
@@ -174,15 +176,15 @@ def test_memory_that_is_not_free_is_refused_by_what_trains(config, inputs, monke
     own = machine.own_private_memory()
     # half of the ring would have room
     free = plan.memory_total - own - ring // 2
-    monkeypatch.setattr(planning, "own_private_memory", lambda: own)
-    monkeypatch.setattr(planning, "free_memory", lambda: free)
+    monkeypatch.setattr(room, "own_private_memory", lambda: own)
+    monkeypatch.setattr(room, "free_memory", lambda: free)
     words = str(missing_memory(plan, config)).rstrip(".").replace(",", "").split()
     buffer = int(words[words.index("--buffer") + 1])
     smaller = changed(config, buffer=buffer)
     assert plan.ring_rows / 2 - 128 <= buffer <= plan.ring_rows / 2
     assert missing_memory(make_plan(smaller), smaller) is None
     # too little for any ring
-    monkeypatch.setattr(planning, "free_memory", lambda: 10**6)
+    monkeypatch.setattr(room, "free_memory", lambda: 10**6)
     for verb in ("train", "demo"):
         line = refused(capfd, verb, *inputs, *SMALL[:-4], "--device", "cpu", "--out", tmp_path / "out")
         assert "976.6 KiB free" in line
@@ -194,14 +196,14 @@ def test_memory_that_is_not_free_is_refused_by_what_trains(config, inputs, monke
 
 def test_a_gpu_is_asked_what_it_has(config, monkeypatch, slow_product):
     plan = dataclasses.replace(make_plan(config), device="cuda:0", host_memory=3 * GIB)
-    monkeypatch.setattr(planning, "free_memory", lambda: 4 * GIB)
-    monkeypatch.setattr(planning, "free_gpu_memory", lambda device: plan.memory_total - 1)
+    monkeypatch.setattr(room, "free_memory", lambda: 4 * GIB)
+    monkeypatch.setattr(room, "free_gpu_memory", lambda device: plan.memory_total - 1)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
     assert "GPU memory" in str(missing_memory(plan, config))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1)
     assert missing_memory(plan, config) is None
-    monkeypatch.setattr(planning, "free_memory", lambda: GIB)
-    monkeypatch.setattr(planning, "own_private_memory", lambda: GIB)
+    monkeypatch.setattr(room, "free_memory", lambda: GIB)
+    monkeypatch.setattr(room, "own_private_memory", lambda: GIB)
     assert "beside the GPU's" in str(missing_memory(plan, config))
 
 
@@ -286,7 +288,7 @@ def test_harvest_and_a_run_from_its_store_print_plans(inputs, tmp_path, capfd):
     shape, sites, dtype, tokens = rows_to_train(stored)
     assert (shape, dtype, tokens) == (None, torch.float32, 500)
     assert sites == {"blocks.1.hook_resid_post": 32, "blocks.2.hook_resid_post": 32}
-    assert fixed_costs(stored, shape, sites, dtype, on_gpu=False)["Python, libraries"] < GIB
+    assert fixed_costs(stored, shape, divide(sites, dtype, 1), on_gpu=False)["Python, libraries"] < GIB
     with pytest.raises(UserError, match="it holds"):
         make_plan(changed(stored, sites="mlp_out"))
 

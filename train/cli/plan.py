@@ -1,16 +1,19 @@
 """`jumpscope plan`, and the plans that the other verbs print before they begin."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+from activations.ranks import Ranks, alone
 from activations.shapes import model_shape
 from activations.sources import ready_folder
 from sae.numbers import format_count, format_size, format_time
 from train.cli.console import note, say, stdout, table
 from train.cli.parsing import parse
 from train.config import TrainConfig
-from train.plan import Plan, make_plan, missing_memory, rows_to_train
+from train.plan import Plan, make_plan, rows_to_train
+from train.room import crowded, missing_memory, rank_facts
 from train.times import Speeds, basis, evaluation_seconds, index_seconds
+from train.together import together
 
 if TYPE_CHECKING:
     from activations.models import LanguageModel
@@ -35,9 +38,9 @@ def run(argv: list[str]) -> None:
         note(f"this machine would refuse it now: {error}")
 
 
-def check(config: TrainConfig) -> None:
+def check(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
     """Raises UserError when a run cannot fit, by what can be known before its model is loaded."""
-    if error := missing_memory(make_plan(config), config):
+    if error := missing_memory(make_plan(config, rank=rank, world=world), config):
         raise error
 
 
@@ -48,25 +51,41 @@ def show(
     eval_tokens: int = 0,
     loss_tokens: int = 0,
     index_tokens: int = 0,
+    ranks: Ranks | None = None,
 ) -> Plan:
     """Measures for some seconds, with the model of the run, or None for a store; prints the plan.
 
-    Raises UserError when the run does not fit --memory or the disk.
+    Of several ranks each measures, and the first prints what each will take. Raises UserError, on all, when
+    the run does not fit --memory, the disk, or a machine with all its ranks.
     """
     from train.measure import measure
 
+    ranks = ranks or alone()
     _, sites, _, _ = rows_to_train(config)
     if model is not None:
         model.check_sites(list(sites))
-    plan = make_plan(
-        config,
-        measured=measure(config, list(sites), model),
-        eval_tokens=eval_tokens,
-        loss_tokens=loss_tokens,
-        index_tokens=index_tokens,
-    )
-    _print_training(config, plan)
-    return plan
+    plans: list[Plan] = []
+
+    def own() -> dict[str, Any]:
+        plan = make_plan(
+            config,
+            measured=measure(config, list(sites), model),
+            eval_tokens=eval_tokens,
+            loss_tokens=loss_tokens,
+            index_tokens=index_tokens,
+            rank=ranks.rank,
+            world=ranks.world,
+        )
+        plans.append(plan)
+        return rank_facts(plan, config)
+
+    facts = together(ranks, "the plan", own)
+    _print_training(config, plans[0])
+    if ranks.world > 1:
+        _print_ranks(facts)
+        if error := crowded(facts):
+            raise error
+    return plans[0]
 
 
 def tell_time(
@@ -97,6 +116,15 @@ def _print_training(config: TrainConfig, plan: Plan) -> None:
     )
     print_plan(plan)
     note(f"memory is limited by --memory {format_size(config.memory)}")
+
+
+def _print_ranks(facts: Sequence[Mapping[str, Any]]) -> None:
+    """The memory of each rank, beside the plan, which is that of rank 0."""
+    rows = table(">rank", "machine", ">sites", ">ring", ">exchange", ">total")
+    for rank, row in enumerate(facts):
+        sizes = (format_size(row[name]) for name in ("ring", "exchange", "total"))
+        rows.add_row(str(rank), row["host"], str(row["sites"]), *sizes)
+    stdout.print(rows)
 
 
 def print_plan(plan: Plan) -> None:

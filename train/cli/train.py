@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+from activations.ranks import Ranks, open_ranks
+from activations.torchrun import restarts
 from sae.errors import UserError
 from train.cli import plan
 from train.cli.console import say, stdout
@@ -11,19 +13,26 @@ from train.cli.tables import training_summary
 from train.config import TrainConfig
 from train.resume import refuse_changes
 from train.run_folder import RUN, RunFolder, refuse_occupied
+from train.together import by_first, together
 
 
 def run(argv: list[str]) -> None:
     """Trains, or goes on with a run, and says what to do next."""
     argv, resumed = take_path(argv, "--resume", "a run folder")
-    if resumed is None:
-        config = _parse(argv)
-        refuse_occupied(config.out)
-    else:
-        config = _resumed(argv, resumed)
+    with open_ranks() as ranks:
+        if resumed is None:
+            config = _parse(argv)
+            begun = by_first(ranks, "the run folder", lambda: _begun(config))
+            resumed = Path(config.out) if begun else None
+        else:
+            config = _resumed(argv, resumed)
+        _train(config, resumed, ranks)
+
+
+def _train(config: TrainConfig, resumed: Path | None, ranks: Ranks) -> None:
     done = resumed is not None and RunFolder.open(resumed).state() == "done"
     if not done:
-        plan.check(config)
+        together(ranks, "the plan", lambda: plan.check(config, ranks.rank, ranks.world))
     from train.cli import work  # late: a mistake above should not wait for transformers
     from train.trainer import train_run
 
@@ -31,10 +40,22 @@ def run(argv: list[str]) -> None:
         say(f"{resumed} is finished: there is nothing to go on with.")
         folder = train_run(config, resume=True)
     else:
-        folder = work.train(config, resume=resumed is not None)
+        folder = work.train(config, ranks=ranks, resume=resumed is not None)
     stdout.print(training_summary(folder.metrics()))
     say(f"{len(folder.sites())} dictionaries in {folder.path}.")
     say(f"Next: jumpscope eval {folder.path}, then jumpscope index {folder.path}")
+
+
+def _begun(config: TrainConfig) -> bool:
+    """Whether torchrun starts the same command again after a rank was lost, and there is a run to go on with.
+
+    Raises UserError when something else stands where the run is to be made.
+    """
+    if restarts() and (Path(config.out) / RUN).is_file():
+        refuse_changes(RunFolder.open(config.out), config)
+        return True
+    refuse_occupied(config.out)
+    return False
 
 
 def _parse(argv: list[str]) -> TrainConfig:

@@ -28,8 +28,11 @@ from train.cli.progress import progress
 from train.config import TrainConfig
 from train.evals import evaluate
 from train.measure import measure_harvest
-from train.plan import missing_memory, plan_harvest
+from train.plan import Plan, plan_harvest
+from train.room import missing_memory
+from train.rows import device_of
 from train.run_folder import RUN, RunFolder, hold
+from train.together import together
 from train.trainer import train_run
 from viewer.index.build import IndexBuilder
 
@@ -190,15 +193,18 @@ def _plan_harvest(
         raise error
 
 
-def load(config: TrainConfig) -> LanguageModel:
+def load(config: TrainConfig, ranks: Ranks | None = None) -> LanguageModel:
     """The model of a training run."""
+    ranks = ranks or alone()
     note(f"loading {config.model}")
-    return load_model(config.model, dtype=config.dtype, device=config.device)
+    with ranks.busy("loading the model"):
+        return load_model(config.model, dtype=config.dtype, device=str(device_of(config, ranks)))
 
 
 def train(
     config: TrainConfig,
     *,
+    ranks: Ranks | None = None,
     resume: bool = False,
     model: LanguageModel | None = None,
     loss_tokens: int = 0,
@@ -209,11 +215,11 @@ def train(
     `model` spares loading the config's. The tokens given are those of what follows the training. Raises
     UserError when the memory planned is not free. When stopped, says how to go on.
     """
+    ranks = ranks or alone()
     if model is None and not config.store:
-        model = load(config)
-    planned = plan.show(config, model, loss_tokens=loss_tokens, index_tokens=index_tokens)
-    if error := missing_memory(planned, config):
-        raise error
+        model = load(config, ranks)
+    planned = plan.show(config, model, loss_tokens=loss_tokens, index_tokens=index_tokens, ranks=ranks)
+    together(ranks, "the memory", lambda: _refuse_missing(planned, config))
     if config.store:
         note(f"reading {config.store}")
     try:
@@ -224,6 +230,11 @@ def train(
             note(f"what was trained so far is in {config.out}")
             note(f"to go on: jumpscope train --resume {config.out}")
         raise
+
+
+def _refuse_missing(planned: Plan, config: TrainConfig) -> None:
+    if error := missing_memory(planned, config):
+        raise error
 
 
 def measure(loaded: LoadedRun, options: EvalOptions, *, index: bool = False) -> dict[str, dict[str, Any]]:
