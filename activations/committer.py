@@ -1,4 +1,4 @@
-"""What a harvest leaves on the disk: shards by every rank, and by the first one the manifest that lists them."""
+"""What a harvest leaves on the disk: shards, by every rank, and by the first one their manifest."""
 
 import dataclasses
 import re
@@ -31,8 +31,8 @@ _SEEN_SECONDS = 10.0
 class Committer:
     """Writes this rank's shards and, with the other ranks, the manifest after each turn; used by one thread.
 
-    Every rank has the manifest as it was at the start. The first one carries the statistics on, taking in what
-    each rank found of its rows in their order, so that not one bit depends on the number of ranks.
+    Every rank has the manifest as it was at the start. The first one carries the statistics on, taking in
+    what each rank found of its rows in their order, so that no bit depends on the number of ranks.
     """
 
     def __init__(self, place: Place, manifest: dict[str, Any], ranks: Ranks) -> None:

@@ -97,7 +97,7 @@ def _tile_losses(
             if v == 0:
                 clean, shrunk = torch.exp2((logits - higher[:, None]) * _LOG2_E), shrink
             mean[v] = mean[v] * shrunk + torch.bmm(clean[:, None], logits[..., None])[:, 0, 0]
-            # exp2 since torch's exp takes thirty times as long where it underflows, as most of a vocabulary does
+            # exp2 since torch's exp takes thirty times as long where it underflows, as it mostly does here
             shares = logits.sub_(higher[:, None]).mul_(_LOG2_E).exp2_()
             total[v] = total[v] * shrink + shares.sum(1)
             top[v] = higher
@@ -175,7 +175,10 @@ def _log_sums(
     parts = list(itertools.product(range(n_variants), range(0, n_rows, _INT8_ROWS)))
     # a product for each, whose bits then do not depend on how many variants there are
     offset = torch.cat(
-        [torch.stack([wide @ c for c in centre]) for wide in map(Tensor.float, unembedding.split(_INT8_COLUMNS))],
+        [
+            torch.stack([wide @ c for c in centre])
+            for wide in map(Tensor.float, unembedding.split(_INT8_COLUMNS))
+        ],
         1,
     )
     offset = (offset if bias is None else offset + bias) * scale

@@ -7,7 +7,7 @@ import pytest
 from fake_ranks import together
 from hypothesis import given
 from hypothesis import strategies as some
-from store_rows import FACTS, SITES, all_rows, assert_same, files, whole, write
+from store_rows import FACTS, all_rows, assert_same, files, whole, write
 from store_rows import source as whole_source
 
 from activations.harvest import RowBatch

@@ -75,7 +75,9 @@ def test_a_cut_off_store_with_enough_rows_becomes_complete(tmp_path):
 def test_a_text_that_ends_is_said_and_not_read_again(tmp_path):
     store = write(tmp_path / "s", rows=60, wanted_rows=1000)
     assert (store.rows, store.complete, store.manifest["corpus_ended"]) == (60, True, True)
-    assert write(tmp_path / "s", source=lambda start, wanted: pytest.fail("again"), wanted_rows=2000).rows == 60
+    assert (
+        write(tmp_path / "s", source=lambda start, wanted: pytest.fail("again"), wanted_rows=2000).rows == 60
+    )
 
 
 def test_exactly_the_wanted_rows_are_kept_and_no_batch_more_is_made(tmp_path):
@@ -222,4 +224,7 @@ def test_progress_is_told(tmp_path):
 
 def test_a_source_that_skips_rows_is_a_bug(tmp_path):
     with pytest.raises(ValueError, match="row 0 must come next"):
-        write(tmp_path / "s", source=lambda start, wanted: source(100)(dataclasses.replace(start, kept=17), wanted))
+        write(
+            tmp_path / "s",
+            source=lambda start, wanted: source(100)(dataclasses.replace(start, kept=17), wanted),
+        )
