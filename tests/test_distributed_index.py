@@ -109,6 +109,7 @@ def test_an_index_that_was_cut_off_goes_on_and_with_other_ranks_begins_anew(
     straight, tmp_path, monkeypatch, fails_at
 ):
     monkeypatch.setattr("viewer.index.parts._PART_BYTES", 1)
+    (tmp_path / "a").mkdir()
     cut = together(2, lambda ranks: build(ranks, tmp_path / "a", fails_at))
     assert isinstance(cut[1], KeyboardInterrupt)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -147,7 +148,7 @@ def test_the_verbs_of_two_processes_leave_the_files_of_one(tmp_path, monkeypatch
     capfd.readouterr()
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "JUMPSCOPE_HANG_SECONDS": "60"}
     ends = Processes(2, VERBS, json.dumps([*verbs(two), *wrong]), **threads).finish()
-    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert [code for code, _, _ in ends] == [2, 2], ends
     codes = [[line for line in err.splitlines() if line.startswith("code")] for _, _, err in ends]
     assert codes == [["code 0"] * 4 + ["code 2"] * 3] * 2, ends
     refusals = [line for line in ends[0][2].splitlines() if line.startswith("jumpscope:")]
@@ -156,5 +157,16 @@ def test_the_verbs_of_two_processes_leave_the_files_of_one(tmp_path, monkeypatch
     for kind in ("float16", "int8"):
         assert files(two / kind) == files(one / kind)
         assert len(open_store(two / kind).manifest["shards"]) > 10
+    words = [
+        "train",
+        "--store",
+        str(two / "int8"),
+        *SMALL[:10],
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path / "three"),
+    ]
+    assert main(words) == 0
     assert (two / "eval.json").read_bytes() == (one / "eval.json").read_bytes()
     assert contents(two / "index") == contents(one / "index")
