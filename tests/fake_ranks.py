@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -66,7 +67,7 @@ class ThreadRanks(Ranks):
         return self._hub.meet(self._lane, self._calls, self.rank, value)
 
 
-def together(world, work, timeout=120):
+def together(world: int, work: Callable[[Ranks], Any]) -> list[Any]:
     """Runs ``work(ranks)`` on a thread for each rank; what each returned, or the exception it raised."""
     hub = Hub(world)
 
@@ -78,4 +79,4 @@ def together(world, work, timeout=120):
             return error
 
     with ThreadPoolExecutor(world) as pool:
-        return [future.result(timeout) for future in [pool.submit(one, rank) for rank in range(world)]]
+        return [future.result(120) for future in [pool.submit(one, rank) for rank in range(world)]]

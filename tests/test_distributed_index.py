@@ -146,8 +146,8 @@ def test_the_verbs_of_two_processes_leave_the_files_of_one(tmp_path, monkeypatch
     for words in verbs(one):
         assert main(words) == 0
     capfd.readouterr()
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "JUMPSCOPE_HANG_SECONDS": "60"}
-    ends = Processes(2, VERBS, json.dumps([*verbs(two), *wrong]), **threads).finish()
+    threads = str(torch.get_num_threads())
+    ends = Processes(2, VERBS, json.dumps([*verbs(two), *wrong]), OMP_NUM_THREADS=threads).finish()
     assert [code for code, _, _ in ends] == [2, 2], ends
     codes = [[line for line in err.splitlines() if line.startswith("code")] for _, _, err in ends]
     assert codes == [["code 0"] * 4 + ["code 2"] * 3] * 2, ends
