@@ -1,17 +1,25 @@
 """Ranks without processes: threads that meet at a barrier."""
 
+import json
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from activations.ranks import Ranks
 
-class FakeRanks:
+
+class FakeRanks(Ranks):
     """A rank among threads. Parts are copied, as a wire does, one behind another in one piece of memory."""
 
     def __init__(self, rank: int, world: int, meeting: "Meeting") -> None:
-        self.rank, self.world, self._meeting = rank, world, meeting
+        super().__init__((rank, world, rank))
+        self._meeting = meeting
+
+    def share(self, what: str, value: Any) -> list[Any]:
+        """As `Ranks.share`."""
+        return [json.loads(text) for text in self._meeting.all(self.rank, json.dumps(value))]
 
     def swap(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """As `Ranks.swap`."""

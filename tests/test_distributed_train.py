@@ -3,13 +3,16 @@
 import json
 import os
 import random
+import re
 import signal
 
 import pytest
 import torch
+from cli_fakes import refused
 from ranks_processes import Processes
 from resume_fakes import harvest, make_sizes, weights
 
+from train.cli.main import main
 from train.config import TrainConfig
 from train.run_folder import RunFolder
 from train.trainer import train_run
@@ -17,6 +20,7 @@ from train.trainer import train_run
 WORLD = int(os.environ.get("JUMPSCOPE_TEST_RANKS", "2"))
 """Four take a minute on two cores: they are for who changes the exchange."""
 SEED = random.randrange(10**6)
+KINDS = ("model", "exchange", "step", "wait")
 CODE = "from train_ranks import main; main()"
 
 
@@ -73,76 +77,103 @@ def steps(run):
     return sorted(int(path.name.removeprefix("step_")) for path in run.glob("checkpoints/step_*"))
 
 
-def test_several_ranks_make_what_one_makes_and_stop_and_refuse_together(
-    sizes, store, alone, tiny_model, tmp_path
-):
+@pytest.fixture(scope="module")
+def several(sizes, store, alone, tmp_path_factory):
+    """The folder of runs that several ranks have made one after another, and what they said of each."""
+    folder = tmp_path_factory.mktemp("several")
     last = WORLD - 1
-    run = {name: str(tmp_path / name) for name in ("live", "stored", "one", "stopped", "bad", "other")}
-    every_step = {**sizes, "checkpoint_minutes": 1e-9}
-    orders = [
-        {"config": {**sizes, "out": run["live"]}},
-        {"config": {**sizes, "out": run["stored"], "store": store}},
+    orders = {
+        "live": {},
+        "stored": {"config": {"store": store}},
         # fewer sites than ranks
-        {"config": {**sizes, "out": run["one"], "layers": "1"}},
-        # a signal to one rank stops all at the next step that is logged
-        {
-            "config": {**every_step, "out": run["stopped"]},
-            "rank": last,
-            "at": ["step", 13],
-            "signal": signal.SIGTERM,
-        },
-        {"config": {**sizes, "out": run["bad"]}, "rank": last, "poison": 6},
-        {"config": {**sizes, "out": run["other"]}, "rank": last, "other": {"lr": 0.5}},
-        {"config": {**sizes, "out": run["live"]}},
+        "one": {"config": {"layers": "1"}},
+        # a signal to rank 0, which has a site in any case
+        "stopped": {"config": {"checkpoint_minutes": 1e-9}, "at": ["step", 13], "signal": signal.SIGTERM},
+        "bad": {"rank": last, "poison": 3},
+        "other": {"rank": last, "other": {"lr": 0.5}},
+        "live again": {"config": {"out": str(folder / "live")}},
+    }
+    filled = [
+        {**order, "config": {**sizes, "out": str(folder / name), **order.get("config", {})}}
+        for name, order in orders.items()
     ]
-    ends = on_ranks(orders, tmp_path)
+    ends = on_ranks(filled, folder)
     assert [code for code, _, _ in ends] == [0] * WORLD, ends
-    said = ends[0][1]
-    assert [other for _, other, _ in ends] == [said] * WORLD
-    assert said[:4] == ["done", "done", "done", "stopped: SIGTERM"]
-    assert_same(tmp_path / "live", alone / "live")
-    assert_same(tmp_path / "stored", alone / "stored")
+    assert [said for _, said, _ in ends] == [ends[0][1]] * WORLD
+    return folder, dict(zip(orders, ends[0][1], strict=True))
+
+
+def test_several_ranks_make_what_one_makes(several, alone):
+    folder, said = several
+    for name in ("live", "stored"):
+        assert said[name] == "done"
+        assert_same(folder / name, alone / name)
     three = weights(alone / "live")
-    assert all(torch.equal(three[key], tensor) for key, tensor in weights(tmp_path / "one").items())
+    assert all(torch.equal(three[key], tensor) for key, tensor in weights(folder / "one").items())
 
-    assert "must be finite" in said[4] and f"on rank {last}" in said[4]
-    assert "blocks.2.hook_resid_post" in said[4]
-    assert RunFolder.open(run["bad"]).state().startswith("failed: the activations at blocks.2")
-    assert f"lr is 0.002 on rank{'s' if WORLD > 2 else ''} 0" in said[5] and f"0.5 on rank {last}" in said[5]
-    assert not (tmp_path / "other").exists()
-    assert "holds another run" in said[6]
 
-    times = [json.loads(line) for line in (tmp_path / "live" / "ranks.jsonl").read_text().splitlines()]
+def test_what_one_rank_refuses_is_refused_by_all(several):
+    folder, said = several
+    last = WORLD - 1
+    assert "must be finite" in said["bad"] and f"on rank {last}" in said["bad"]
+    assert RunFolder.open(folder / "bad").state().startswith("failed: the activations at blocks.2")
+    assert re.search(f"lr is 0.002 on ranks? 0.*0.5 on rank {last}", said["other"])
+    assert not (folder / "other").exists()
+    assert "holds another run" in said["live again"]
+
+
+def test_the_time_of_each_rank_is_in_the_run_folder(several):
+    lines = (several[0] / "live" / "ranks.jsonl").read_text().splitlines()
+    times = [json.loads(line) for line in lines]
     assert [row["step"] for row in times] == list(range(3, 38, 3))
-    assert {len(row["seconds"]) for row in times} == {WORLD}
-    spent = {kind: sum(row["seconds"][0].get(kind, 0) for row in times) for kind in ("model", "exchange")}
-    assert min(spent.values()) > 0
-    assert all({"step", "wait"} >= set(row["seconds"][0]) - set(spent) for row in times)
+    for rank in range(WORLD):
+        total = {kind: sum(row["seconds"][rank].get(kind, 0) for row in times) for kind in KINDS}
+        # a rank without a site steps in no time
+        assert min(total["model"], total["exchange"], total["wait"]) > 0, rank
+        assert {kind for row in times for kind in row["seconds"][rank]} == set(KINDS)
 
-    # stopped by several, gone on with by one alone, which is stopped too, and by several again
-    first = tmp_path / "stopped"
-    assert RunFolder.open(first).state() == "stopped: SIGTERM"
-    assert len(list(first.glob("sites/*/cfg.json"))) == 3
-    at = steps(first)[-1]
-    assert at % 3 == 0 and at < 37
+
+def test_a_run_goes_on_with_another_number_of_ranks(several, sizes, alone, tiny_model):
+    """Stopped by several, gone on with by one alone, which is stopped too, and by several again."""
+    folder, said = several
+    run, config = folder / "stopped", {**sizes, "checkpoint_minutes": 1e-9}
+    assert said["stopped"] == RunFolder.open(run).state() == "stopped: SIGTERM"
+    assert len(list(run.glob("sites/*/cfg.json"))) == 3
+    at = steps(run)[-1]
+    assert at % 3 == 0 and at < 33
 
     def stop(what, done, total, detail):
         if what == "train" and done == (at + 4) * 64:
             raise KeyboardInterrupt("test")
 
     with pytest.raises(KeyboardInterrupt):
-        train_run(TrainConfig(**every_step, out=str(first)), model=tiny_model, resume=True, on_progress=stop)
-    assert steps(first)[-1] == at + 4
-    # and what several kept when they refused together
-    orders = [
-        {"config": {**sizes, "out": str(first)}, "resume": True},
-        {"config": {**sizes, "out": run["bad"]}, "resume": True},
-        {"config": {**sizes, "out": run["bad"]}, "resume": True},
-    ]
-    ends = on_ranks(orders, tmp_path)
-    assert [(code, said) for code, said, _ in ends] == [(0, ["done"] * 3)] * WORLD, ends
-    assert_same(first, alone / "live")
-    assert_same(tmp_path / "bad", alone / "live")
+        train_run(TrainConfig(**config, out=str(run)), model=tiny_model, resume=True, on_progress=stop)
+    assert steps(run)[-1] == at + 4
+    # the other was kept when all refused what one found
+    assert steps(folder / "bad") or WORLD > 2
+    names = ("stopped", "bad", "bad")
+    orders = [{"config": {**sizes, "out": str(folder / name)}, "resume": True} for name in names]
+    ends = on_ranks(orders, folder)
+    assert [(code, told) for code, told, _ in ends] == [(0, ["done"] * 3)] * WORLD, ends
+    assert_same(run, alone / "live")
+    assert_same(folder / "bad", alone / "live")
+
+
+def test_a_command_that_torchrun_starts_again_goes_on(sizes, alone, tmp_path, monkeypatch, capfd):
+    run = tmp_path / "run"
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in sizes.items()]
+
+    def stop(what, done, total, detail):
+        if what == "train" and done > 20 * 64:
+            raise KeyboardInterrupt("test")
+
+    with pytest.raises(KeyboardInterrupt):
+        train_run(TrainConfig(**sizes, out=str(run)), on_progress=stop)
+    assert "holds another run" in refused(capfd, "train", *flags, "--out", run)
+    monkeypatch.setattr("train.cli.train.restarts", lambda: 1)
+    assert "--lr: run has 0.002, asked 0.1" in refused(capfd, "train", *flags, "--lr=0.1", "--out", run)
+    assert main(["train", *flags, "--out", str(run)]) == 0
+    assert (run / "metrics.jsonl").read_bytes() == (alone / "live" / "metrics.jsonl").read_bytes()
 
 
 KILLS = {

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,10 +88,8 @@ def _live_rows(
     corpus = load_corpus(config.corpus)
     shape = model_shape(config.model)
     sites = expand_sites(config.sites, config.layers, shape.n_layers)
-    with ranks.busy("loading the model"):
-        model = given or load_model(
-            config.model, dtype=config.dtype, device=str(own_device(config.device, ranks))
-        )
+    where = str(own_device(config.device, ranks))
+    model = given or load_model(config.model, dtype=config.dtype, device=where)
     model.check_sites(sites)
     if resume is None:
         _refuse_short(config, model, corpus)
@@ -230,9 +229,17 @@ def _stored_rows(
     own = list(owned.sites(ranks.rank))
     manifest = json.dumps(store.manifest, sort_keys=True).encode()
 
+    spent = Spent()
+
     def source(start: Cursor) -> Iterator[RowBatch]:
         # each rank reads the bytes of its own sites: nothing need be traded
-        return _first(tokens, store.iter_rows(own, start=start.kept))
+        batches = _first(tokens, store.iter_rows(own, start=start.kept))
+        now = time.perf_counter()
+        for rows in batches:
+            spent.add("wait", now)
+            ranks.beat()
+            yield rows
+            now = time.perf_counter()
 
     return Rows(
         ring=_ring(config, source, owned, None, ranks, device, resume),
@@ -242,7 +249,7 @@ def _stored_rows(
         device=device,
         dtype=store.dtype,
         identity={"store rows": store.rows, "store manifest": hashlib.sha256(manifest).hexdigest()},
-        spent=Spent(),
+        spent=spent,
     )
 
 

@@ -63,7 +63,8 @@ def train_run(
         if resume:
             with _held(ranks, config.out):
                 return _resume(config, model, ranks, report)
-        rows = open_rows(config, model, report, ranks)
+        with ranks.busy("opening the model and the text"):
+            rows = open_rows(config, model, report, ranks)
         with _held(ranks, config.out):
             by_first(ranks, "the run folder", lambda: _create(config, rows))
             run = RunFolder.open(config.out)
@@ -96,11 +97,13 @@ def _resume(config: TrainConfig, model: LanguageModel | None, ranks: Ranks, repo
         return run
     checkpoint = None if found is None else at_step(run.path, found)
     position = RingPosition.from_dict(checkpoint.state["position"]) if checkpoint else None
-    rows = open_rows(config, model, report, ranks, position)
+    with ranks.busy("opening the model and the text"):
+        rows = open_rows(config, model, report, ranks, position)
     training = Training(config, run, rows, ranks)
     if checkpoint is not None:
         refuse_other_circumstances(checkpoint.state, training.circumstances(), warns=ranks.first)
-        training.go_on_from(checkpoint)
+        with ranks.busy("reading the checkpoint"):
+            training.go_on_from(checkpoint)
     if ranks.first:
         run.cut_metrics(checkpoint.state["metrics_bytes"] if checkpoint else 0)
         run.set_state("running", config=config.to_dict())
@@ -183,5 +186,7 @@ def _warned(what: str) -> Iterator[None]:
     """Makes a warning of a disk that refuses, where another error is on its way to the user."""
     try:
         yield
+    except RankLost:
+        raise
     except (UserError, OSError) as error:
         _log.warning("the %s could not be written: %s", what, error)

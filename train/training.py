@@ -111,7 +111,9 @@ class Training:
             return
         mine = {site: trainer.metrics() for site, trainer in self.trainers.items()}
         due = time.monotonic() >= self._checkpoint_due
+        now = time.perf_counter()
         answers = self.ranks.share("the figures", [mine, stop.asked, due, self.rows.spent.take()])
+        self.rows.spent.add("wait", now)
         figures, asked, due, spent = zip(*answers, strict=True)
         self.latest = {site: figures[rank][site] for site, rank in self.rows.owned.owner.items()}
         stop.agreed, self._all_keep = next(filter(None, asked), ""), due[0]

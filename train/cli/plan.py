@@ -119,8 +119,15 @@ def _print_training(config: TrainConfig, plan: Plan) -> None:
 
 
 def _print_ranks(facts: Sequence[Mapping[str, Any]]) -> None:
-    """The memory of each rank, beside the plan, which is that of rank 0."""
-    rows = table(">rank", "machine", ">sites", ">ring", ">exchange", ">total")
+    rows = table(
+        ">rank",
+        "machine",
+        ">sites",
+        ">ring",
+        ">exchange",
+        ">total",
+        title="Memory of each rank; the plan above is that of rank 0.",
+    )
     for rank, row in enumerate(facts):
         sizes = (format_size(row[name]) for name in ("ring", "exchange", "total"))
         rows.add_row(str(rank), row["host"], str(row["sites"]), *sizes)
