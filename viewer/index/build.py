@@ -209,11 +209,12 @@ class IndexBuilder:
         self._ranks.share("the sites of the index", None)
         if self._ranks.first:
             self._write_tokens(strings)
-            # those of ranks that there are no more, too
-            for folder in self.out.glob(f"{PARTS}-*-of-*"):
-                shutil.rmtree(folder, ignore_errors=True)
         self._parts.remove()
         self._ranks.share("the index to be whole", None)
+        if self._ranks.first:
+            # what a pass of another number of ranks left
+            for folder in self.out.glob(f"{PARTS}-*-of-*"):
+                shutil.rmtree(folder, ignore_errors=True)
         return {site: self.out / site for site in self.dictionaries}
 
     def _write_texts(self, rows: TextRows) -> str:
