@@ -58,8 +58,7 @@ def evaluate(
     difference found there, and CE recovered is 1 - delta_ce / (ce_ablated - ce_clean). A number that cannot
     be had (one block has no standard error) is None.
 
-    Not a bit of a site's numbers depends on the other sites, but for their number, which decides how losses
-    are computed: `together` is how many there are where others are evaluated elsewhere.
+    A site's numbers depend on the others by their number alone: `together`, where some are elsewhere.
 
     `watch` is shown what the first pass finds, for others who want it (the feature index).
 
@@ -87,8 +86,7 @@ def evaluate(
         report("reconstruction on held-out text", min(done, tokens), tokens)
     if not done:
         raise _no_text("no token")
-    total = sum(int(batch.keep.sum()) for batch in kept_for_losses)
-    vocabulary = loss_vocabulary(model, total * (1 + (together or len(dictionaries))))
+    vocabulary = loss_vocabulary(model, held * (1 + (together or len(dictionaries))))
     losses = _spliced_losses(
         model, encoders, statistics, kept_for_losses, baseline_tokens, report, vocabulary
     )
