@@ -1,6 +1,6 @@
 """Harvesting: token blocks in, rows of activations out, all sites from one forward pass."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -52,18 +52,26 @@ class Activates(Protocol):
     ) -> dict[str, Float[Tensor, "batch pos _"]]: ...
 
 
-def harvest_rows(model: Activates, blocks: Iterable[TokenBlocks], sites: Sequence[str]) -> Iterator[RowBatch]:
+Wanted = Callable[[int, int], bool]
+"""Whether rows are wanted, given the number of the first one and how many there are."""
+
+
+def harvest_rows(
+    model: Activates, blocks: Iterable[TokenBlocks], sites: Sequence[str], wanted: Wanted | None = None
+) -> Iterator[RowBatch]:
     """The kept rows of each batch of blocks at each site, in the order of the blocks.
 
-    Special tokens and padding are left out; a batch that keeps nothing is passed over. Raises UserError
-    naming the site when an activation is not finite.
+    Special tokens and padding are left out; a batch that keeps nothing is passed over. A batch that is not
+    `wanted` has its map and no rows: the model is not run on it. Raises UserError naming the site when an
+    activation is not finite.
     """
     for block in blocks:
         kept = block.keep.flatten().nonzero().squeeze(1)
         if len(kept):
+            run = wanted is None or block.begin is None or wanted(block.begin.kept, len(kept))
             # made inside the yield, so that nothing here holds it through the next forward pass
             yield RowBatch(
-                rows=_rows(model, block.tokens, kept, sites),
+                rows=_rows(model, block.tokens, kept, sites) if run else {},
                 map=RowMap(
                     *(part.flatten()[kept] for part in (block.document, block.position, block.tokens))
                 ),

@@ -5,9 +5,10 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
 from activations.blocks import Cursor
@@ -18,7 +19,8 @@ from sae.errors import UserError
 from sae.numbers import format_size
 
 _log = logging.getLogger(__name__)
-_CHUNK_ROWS = 4096
+CHUNK_ROWS = 4096
+"""Rows whose mean and spread are computed at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +30,23 @@ class RowStatistics:
     mean: Float[Tensor, " d_in"]
     scale: float
     n: int
+
+
+class ChunkStatistics(NamedTuple):
+    """What `RunningStatistics` takes in of some thousand rows."""
+
+    mean: Float32[Tensor, " d_in"]
+    spread: float
+    """The sum of squared distances to the mean."""
+    n: int
+
+
+def chunk_statistics(rows: Float[Tensor, "row d_in"]) -> Iterator[ChunkStatistics]:
+    """Of each `CHUNK_ROWS` of some rows, of any dtype on any device."""
+    for chunk in rows.split(CHUNK_ROWS):
+        exact = chunk.float()
+        mean = exact.mean(0)
+        yield ChunkStatistics(mean.cpu(), float((exact - mean).square().sum()), len(chunk))
 
 
 class RunningStatistics:
@@ -40,15 +59,15 @@ class RunningStatistics:
 
     def update(self, rows: Float[Tensor, "row d_in"]) -> None:
         """Takes in rows of any dtype on any device, a few thousand at a time."""
-        for chunk in rows.split(_CHUNK_ROWS):
-            exact = chunk.float()
-            mean = exact.mean(0)
-            spread = float((exact - mean).square().sum())
-            n = len(chunk)
-            gap = mean.double().cpu() - self._mean
-            self._spread += spread + float(gap.square().sum()) * self.n * n / (self.n + n)
-            self._mean += gap * (n / (self.n + n))
-            self.n += n
+        for chunk in chunk_statistics(rows):
+            self.take(chunk)
+
+    def take(self, chunk: "ChunkStatistics") -> None:
+        """Takes in what is known of the next rows, as if it had seen them."""
+        gap = chunk.mean.double() - self._mean
+        self._spread += chunk.spread + float(gap.square().sum()) * self.n * chunk.n / (self.n + chunk.n)
+        self._mean += gap * (chunk.n / (self.n + chunk.n))
+        self.n += chunk.n
 
     @classmethod
     def from_state(cls, mean: Sequence[float], spread: float, n: int) -> "RunningStatistics":

@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import importlib.metadata
-import re
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,23 +14,20 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from activations.blocks import Cursor
-from activations.harvest import RowBatch
-from activations.order import permutation
+from activations.committer import LOCK, OURS, Committer
+from activations.harvest import RowBatch, Wanted
 from activations.places import Place
-from activations.quantise import Quantiser
-from activations.ring import RunningStatistics
-from activations.shards import MAP, empty_fields, scale_name, shard_fields, write_shard
-from activations.store import FORMAT, MANIFEST, VERSION, Store, manifest_bytes, open_store
+from activations.ranks import Ranks, alone
+from activations.shards import MAP, empty_fields, shard_fields
+from activations.spans import Spans
+from activations.store import FORMAT, MANIFEST, VERSION, Store, open_store
 from sae.errors import UserError
 from sae.files import disk_errors
 
 SHARD_BYTES = 256 * 2**20
 StoreDtype = Literal["auto", "bfloat16", "float16", "int8"]
-Source = Callable[[Cursor], Iterator[RowBatch]]
-"""The rows of a stream from a place in it on."""
-LOCK = ".lock"
-_OURS = re.compile(r"shard-\d{5,}\.safetensors|\.lock|\..+\.tmp")
-_CHUNK_ROWS = 4096
+Source = Callable[[Cursor, Wanted], Iterator[RowBatch]]
+"""The rows of a stream from a place in it on; batches that are not wanted may have a map alone."""
 _PACKAGES = ("torch", "transformers", "transformer-lens", "safetensors")
 
 
@@ -65,7 +60,7 @@ def begun_store(url: Path | str) -> Store | None:
     if MANIFEST in names:
         store = open_store(url)
         return store if store.rows else None
-    if foreign := [name for name in names if not _OURS.fullmatch(name)]:
+    if foreign := [name for name in names if not OURS.fullmatch(name)]:
         raise UserError(
             "a new store needs an empty folder",
             f"other files at {place}, {foreign[0]} for instance",
@@ -83,6 +78,7 @@ def write_store(
     shard_bytes: int = SHARD_BYTES,
     dtype: StoreDtype = "auto",
     on_rows: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Store:
     """Writes the rows of `source` until the store holds `wanted_rows` or they end, and opens it.
 
@@ -91,44 +87,70 @@ def write_store(
     `shard_bytes`, of rows as harvested, bounds each shard of a new store. `dtype` is that on disk, "auto"
     the rows' own. Memory: two shards. `on_rows` is told the rows so far.
 
+    With `ranks` all of them call it alike and write the store together, the same files as one would; the
+    manifest is then replaced after each turn (`Spans`). It goes on with any number of ranks.
+
     Raises UserError when another harvest is writing the store, the facts differ from those it was begun
-    with, a disk refuses, or there are no rows. What the manifest lists stays good whatever happens.
+    with or between ranks, a disk refuses, or there are no rows. What the manifest lists stays good whatever
+    happens.
     """
+    ranks = ranks or alone()
     place = Place(url)
+    asked = {"store": str(url), "rows": wanted_rows, "shard bytes": shard_bytes, "dtype on disk": dtype}
+    ranks.agree("harvest", {**dataclasses.asdict(facts), **asked, "versions": _versions()})
     begun_store(url)  # a folder of someone else's gets no lock of ours
     place.make()
-    with _lock(place):
+    with _lock(place) if ranks.first else contextlib.nullcontext():
         begun = begun_store(url)
+        ranks.agree("store", {name: begun and begun.manifest[name] for name in ("writer", "rows")})
         if begun is not None:
             _check_same(begun, facts, _on_disk(facts, dtype))
-            if begun.rows >= wanted_rows or begun.manifest["corpus_ended"]:
-                _Committer(place, begun.manifest).finish(ended=begun.manifest["corpus_ended"])
-                return open_store(url)
-        manifest = begun.manifest if begun else _new_manifest(facts, _on_disk(facts, dtype), shard_bytes)
-        _Harvest(place, manifest, wanted_rows).run(source, on_rows)
+        if begun is not None and (begun.rows >= wanted_rows or begun.manifest["corpus_ended"]):
+            Committer(place, begun.manifest, ranks).finish(ended=begun.manifest["corpus_ended"])
+        else:
+            manifest = begun.manifest if begun else _new_manifest(facts, _on_disk(facts, dtype), shard_bytes)
+            _Harvest(place, manifest, wanted_rows, ranks).run(source, on_rows)
+        ranks.share("the store to be whole", None)
         return open_store(url)
 
 
 class _Harvest:
-    """Fills two buffers of a shard in turn; while one is filled, a thread writes the other."""
+    """Fills two buffers of a shard in turn; while one is filled, a thread writes the other.
 
-    def __init__(self, place: Place, manifest: dict[str, Any], wanted_rows: int) -> None:
-        self._committer = _Committer(place, manifest)
+    Every rank follows the whole stream, so that all know where a shard begins and where the rows end, and
+    takes in the rows of its own spans.
+    """
+
+    def __init__(self, place: Place, manifest: dict[str, Any], wanted_rows: int, ranks: Ranks) -> None:
+        self._ranks, self._committer = ranks, Committer(place, manifest, ranks.lane())
         self._wanted, self._shard_rows = wanted_rows, manifest["shard_rows"]
         self._cursor = Cursor(**manifest["cursor"])
         self._widths, self._dtype = manifest["widths"], getattr(torch, manifest["model_dtype"])
         self._rows: int = manifest["rows"]
+        """Rows of the stream so far, all ranks' together."""
+        self._first_shard = len(manifest["shards"])
+        self._spans = Spans.plan(
+            self._rows,
+            wanted_rows,
+            shard_rows=self._shard_rows,
+            batch_rows=manifest["model_batch"] * manifest["context"],
+            world=ranks.world,
+        )
+        self._turns = 0
+        """Turns that this rank has done its part of."""
         self._filled = 0
         self._buffers = self._new_buffers()
         self._spare = self._new_buffers()
-        self._pending: Future[None] | None = None
+        self._pending: list[Future[None]] = []
 
     def run(self, source: Source, on_rows: Callable[[int], None] | None) -> None:
         """Harvests and writes. A shard that is being written when it fails is still finished."""
-        with ThreadPoolExecutor(1, thread_name_prefix="store-writer") as pool:
-            for number, batch in enumerate(source(self._cursor)):
+        pool = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
+        try:
+            for number, batch in enumerate(source(self._cursor, self._wants)):
                 if not number:
-                    self._committer.claim()
+                    self._claim()
+                self._ranks.beat()
                 if batch.begin is None or batch.begin.kept > self._rows:
                     raise ValueError(f"row {self._rows} must come next, not those of {batch.begin}")
                 self._cursor = batch.begin
@@ -141,11 +163,28 @@ class _Harvest:
                 raise UserError(
                     "a store must hold rows", "no tokens to harvest", "give more --tokens or another corpus"
                 )
-            ended = self._rows < self._wanted
-            if self._filled:
-                self._submit(pool, complete=True, ended=ended)
-            self._wait()
-            self._committer.finish(ended=ended)
+            self._end(pool)
+        finally:
+            with self._ranks.busy("writing a shard"):
+                pool.shutdown()
+
+    def _end(self, pool: ThreadPoolExecutor) -> None:
+        """Writes what is left, and the part in the turns that the rows did not come to the end of."""
+        ended = self._rows < self._wanted
+        if self._filled:
+            self._submit(pool)
+        while self._turns < self._spans.turns_of(self._rows):
+            self._commit(pool, ended=ended)
+        self._wait()
+        self._committer.finish(ended=ended)
+
+    def _claim(self) -> None:
+        if self._ranks.first:
+            self._committer.claim()
+        self._committer.follow(self._ranks)
+
+    def _wants(self, row: int, count: int) -> bool:
+        return self._spans.touches(self._ranks.rank, row, count)
 
     def _take(self, batch: RowBatch, pool: ThreadPoolExecutor) -> None:
         parts = {**batch.rows, **{key: getattr(batch.map, key) for key in MAP}}
@@ -154,137 +193,42 @@ class _Harvest:
         taken = self._rows - batch.begin.kept
         end = min(len(batch), self._wanted - batch.begin.kept)
         while taken < end:
-            count = min(self._shard_rows - self._filled, end - taken)
-            for key, buffer in self._buffers.items():
-                buffer[self._filled : self._filled + count].copy_(parts[key][taken : taken + count])
+            shard_end, span = self._spans.end_of_shard(self._rows), self._spans.span_of(self._rows)
+            mine = span % self._ranks.world == self._ranks.rank
+            count = min(shard_end - self._rows, end - taken)
+            if mine:
+                for key, buffer in self._buffers.items():
+                    buffer[self._filled : self._filled + count].copy_(parts[key][taken : taken + count])
+                self._filled += count
             taken += count
-            self._filled += count
             self._rows += count
-            if self._filled == self._shard_rows:
-                self._submit(pool, complete=self._rows == self._wanted, ended=False)
+            if mine and self._rows == shard_end:
+                self._submit(pool)
+                if self._rows == self._spans.end_of_span(span):
+                    self._commit(pool, ended=False)
 
-    def _submit(self, pool: ThreadPoolExecutor, *, complete: bool, ended: bool) -> None:
+    def _submit(self, pool: ThreadPoolExecutor) -> None:
+        """Has the buffer written, as the shard that ends with the last row taken."""
         self._wait()
         part = {key: buffer[: self._filled] for key, buffer in self._buffers.items()}
-        self._pending = pool.submit(
-            self._committer.commit, part, self._cursor, complete=complete, ended=ended
-        )
+        number = self._first_shard + self._spans.shard_of(self._rows - 1)
+        self._pending.append(pool.submit(self._committer.write, number, part, self._cursor))
         self._buffers, self._spare = self._spare, self._buffers
         self._filled = 0
 
+    def _commit(self, pool: ThreadPoolExecutor, *, ended: bool) -> None:
+        self._pending.append(pool.submit(self._committer.commit, self._wanted, ended=ended))
+        self._turns += 1
+
     def _wait(self) -> None:
         """Until the shard before is on the disk; raises what went wrong with it."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        pending, self._pending = self._pending, []
+        with self._ranks.busy("writing a shard"):
+            for future in pending:
+                future.result()
 
     def _new_buffers(self) -> dict[str, Tensor]:
         return empty_fields(shard_fields(self._widths, self._dtype, self._shard_rows))
-
-
-class _Committer:
-    """Writes shards and the manifest after each, and carries the statistics; used by one thread at a time."""
-
-    def __init__(self, place: Place, manifest: dict[str, Any]) -> None:
-        self._place = place
-        self._manifest = dict(manifest)
-        self._dtype: torch.dtype = getattr(torch, manifest["dtype"])
-        self._running = {
-            site: RunningStatistics.from_state(found["mean"], found["spread"], manifest["rows"])
-            for site, found in manifest["statistics"].items()
-        } or {site: RunningStatistics(width) for site, width in manifest["widths"].items()}
-        self._quantisers = {
-            site: Quantiser(mean=torch.tensor(found["mean"]), col=torch.tensor(found["col"]))
-            for site, found in manifest["quantisation"].items()
-        }
-
-    def claim(self) -> None:
-        """Makes this harvest the store's writer, and removes what an earlier one left unlisted."""
-        for name in self._place.sizes():
-            if _OURS.fullmatch(name) and name != LOCK and name not in self._manifest["shards"]:
-                self._place.remove(name)
-        self._manifest |= {"writer": secrets.token_hex(8), "complete": False}
-        self._place.replace(MANIFEST, manifest_bytes(self._manifest))
-
-    def commit(self, rows: Mapping[str, Tensor], cursor: Cursor, *, complete: bool, ended: bool) -> None:
-        """Writes the next shard, then the manifest that lists it."""
-        number, count = len(self._manifest["shards"]), len(rows[MAP[0]])
-        for site, running in self._running.items():
-            running.update(rows[site])
-            if self._dtype == torch.int8 and not number:
-                self._quantisers[site] = Quantiser.fit(rows[site])
-        order = torch.from_numpy(permutation(count, self._manifest["seed"], number))
-        fields = shard_fields(self._manifest["widths"], self._dtype, count)
-        name = f"shard-{number:05d}.safetensors"
-        self._check_owner()
-        entry = self._place.write(
-            name, lambda append: write_shard(append, fields, lambda field: self._parts(rows, order, field))
-        )
-        self._manifest["shards"] = {**self._manifest["shards"], name: {"rows": count, **entry}}
-        self._manifest["rows"] += count
-        self._manifest["cursor"] = dataclasses.asdict(cursor)
-        self._replace_manifest(complete=complete, ended=ended)
-
-    def finish(self, *, ended: bool) -> None:
-        """Says that the harvest is complete, if the last shard did not."""
-        if not self._manifest["complete"]:
-            self._replace_manifest(complete=True, ended=ended)
-
-    def _replace_manifest(self, *, complete: bool, ended: bool) -> None:
-        statistics = {}
-        for site, running in self._running.items():
-            mean, spread = running.state()
-            statistics[site] = {"scale": running.result().scale, "spread": spread, "mean": mean}
-        quantisation = {
-            site: {"mean": found.mean.tolist(), "col": found.col.tolist()}
-            for site, found in self._quantisers.items()
-        }
-        self._manifest |= {
-            "complete": complete,
-            "corpus_ended": ended,
-            "statistics": statistics,
-            "quantisation": quantisation,
-        }
-        self._check_owner()
-        self._place.replace(MANIFEST, manifest_bytes(self._manifest))
-
-    def _parts(self, rows: Mapping[str, Tensor], order: Tensor, field: str) -> Iterator[Tensor]:
-        """A tensor of the shard, in pieces, in the order on disk."""
-        site = field if field in rows else field.removesuffix(scale_name(""))
-        for chosen in order.split(_CHUNK_ROWS):
-            part = rows[site].index_select(0, chosen)
-            if site in self._quantisers:
-                quantiser = self._quantisers[site]
-                scales = quantiser.scales(part)
-                yield quantiser.encode(part, scales) if field == site else scales
-            elif field in MAP:
-                yield part
-            else:
-                yield _converted(site, part, self._dtype)
-
-    def _check_owner(self) -> None:
-        # the lock keeps out other processes of this machine; this, whoever else reaches the folder
-        try:
-            owner = open_store(self._place.url, check_sizes=False).manifest["writer"]
-        except UserError as error:
-            owner = f"none ({error.found})"
-        if owner != self._manifest["writer"]:
-            raise UserError(
-                f"one harvest at a time writes {self._place}",
-                f"another one took it over, or its manifest is gone (writer {owner})",
-                "let the other one finish, or run this again once it has ended",
-            )
-
-
-def _converted(site: str, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    converted = rows.to(dtype)
-    if dtype == torch.float16 and not converted.isfinite().all():
-        raise UserError(
-            f"activations kept as float16 must stay within {torch.finfo(dtype).max:,.0f}",
-            f"{float(rows.abs().max()):,.0f} at {site}",
-            "harvest into another --out with --store-dtype bfloat16 or int8",
-        )
-    return converted
 
 
 def _on_disk(facts: StoreFacts, dtype: StoreDtype) -> str:
@@ -305,7 +249,7 @@ def _new_manifest(facts: StoreFacts, dtype: str, shard_bytes: int) -> dict[str, 
         "rows": 0,
         "complete": False,
         "corpus_ended": False,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": _versions(),
         "writer": "",
         "cursor": dataclasses.asdict(Cursor()),
         "shard_rows": max(1, shard_bytes // row_bytes),
@@ -313,6 +257,10 @@ def _new_manifest(facts: StoreFacts, dtype: str, shard_bytes: int) -> dict[str, 
         "statistics": {},
         "quantisation": {},
     }
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
 def _check_same(store: Store, facts: StoreFacts, dtype: str) -> None:

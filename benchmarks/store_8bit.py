@@ -20,7 +20,7 @@ import torch
 import sae
 from activations.blocks import Cursor, iter_blocks
 from activations.corpora import Split, load_corpus
-from activations.harvest import RowBatch, harvest_rows
+from activations.harvest import RowBatch, Wanted, harvest_rows
 from activations.models import LanguageModel, load_model
 from activations.sites import expand_sites
 from activations.store import Store
@@ -64,7 +64,7 @@ def harvest(
         widths={site: model.site_width(site) for site in sites},
     )
 
-    def source(start: Cursor) -> Iterator[RowBatch]:
+    def source(start: Cursor, _: Wanted) -> Iterator[RowBatch]:
         return harvest_rows(
             model, iter_blocks(model, corpus, split=split, max_tokens=tokens, start=start), sites
         )
@@ -122,7 +122,7 @@ def main() -> None:
         del model
         rounded = write_store(
             scratch / "int8",
-            lambda start: exact.iter_rows(start=start.kept),
+            lambda start, _: exact.iter_rows(start=start.kept),
             facts,
             wanted_rows=exact.rows,
             dtype="int8",

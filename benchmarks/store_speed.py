@@ -29,7 +29,7 @@ import torch
 
 from activations.blocks import Cursor, iter_blocks
 from activations.corpora import load_corpus
-from activations.harvest import RowBatch, RowMap, harvest_rows
+from activations.harvest import RowBatch, RowMap, Wanted, harvest_rows
 from activations.sites import expand_sites
 from activations.store import Store, open_store
 from activations.store_writer import SHARD_BYTES, StoreFacts, write_store
@@ -75,7 +75,7 @@ def random_rows(
     generator = torch.Generator().manual_seed(0)
     same = {site: torch.randn(batch, width, generator=generator).bfloat16() for site, width in widths.items()}
 
-    def source(start: Cursor) -> Iterator[RowBatch]:
+    def source(start: Cursor, _: Wanted | None = None) -> Iterator[RowBatch]:
         for begin in range(start.kept, rows, batch):
             ids = torch.arange(begin, begin + batch, dtype=torch.int32)
             yield RowBatch(
@@ -93,7 +93,7 @@ def compare_writing(arguments: argparse.Namespace, scratch: Path) -> dict[str, A
     dtype = str(model.dtype).removeprefix("torch.")
     facts = facts_of({site: model.site_width(site) for site in sites}, model.name, dtype)
 
-    def source(start: Cursor) -> Iterator[RowBatch]:
+    def source(start: Cursor, _: Wanted | None = None) -> Iterator[RowBatch]:
         blocks = iter_blocks(
             model, corpus, split="train", max_tokens=arguments.tokens, epochs=None, start=start
         )

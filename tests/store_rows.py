@@ -40,7 +40,7 @@ def source(n=100, size=BATCH, dtype=torch.bfloat16, starts=None):
     """A source of `n` rows in batches of `size`; notes in `starts` where it was asked to begin."""
     rows, maps = all_rows(n, dtype)
 
-    def batches(start):
+    def batches(start, wanted=None):
         if starts is not None:
             starts.append(start)
         for begin in range(start.kept, n, size):

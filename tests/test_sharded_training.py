@@ -14,9 +14,9 @@ from test_trainer import SITE, config, moments, rows, trained, untrained
 
 import sae
 from sae.errors import UserError
-from sae.files import save_tensors
 from sae.kernels.cpu import CpuKernel
 from sae.kernels.step import PER_LATENT
+from sae.tensor_files import save_tensors
 from train.first_weights import _random_rows
 from train.site_files import file_stem, read_site
 from train.site_trainer import NonFiniteError, SiteTrainer
@@ -199,7 +199,7 @@ PROCESS = """
 import json, sys, torch
 from pathlib import Path
 from activations.ranks import open_ranks
-from sae.files import save_tensors
+from sae.tensor_files import save_tensors
 from sae.kernels.cpu import CpuKernel
 from sae.kernels.shards import Shard
 from test_trainer import SITE, config, moments, rows

@@ -33,7 +33,7 @@ def test_float32_rows_are_kept_as_they_are_unless_asked(tmp_path):
 
 
 def test_what_float16_cannot_hold_is_refused_and_named(tmp_path):
-    def wide(start):
+    def wide(start, wanted):
         for batch in source(dtype=torch.float32)(start):
             batch.rows[SITES[1]][-1, 2] = -70000.0
             yield batch
@@ -99,7 +99,7 @@ def test_quantising_rounds_to_the_nearest_step(rows, width, seed, still, scale):
 
 
 def test_rows_all_equal_survive_eight_bits(tmp_path):
-    def still(start):
+    def still(start, wanted):
         for batch in source()(Cursor()):
             yield RowBatch(
                 rows={site: torch.full_like(rows, 2.5) for site, rows in batch.rows.items()},

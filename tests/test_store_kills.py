@@ -12,7 +12,7 @@ import pytest
 import torch
 from store_rows import files
 
-from activations import store_writer
+from activations import committer
 from activations.blocks import iter_blocks
 from activations.corpora import Document, FiniteCorpus
 from activations.harvest import harvest_rows
@@ -57,7 +57,7 @@ def harvest(folder, model, corpus, tokens=TOKENS):
     )
     write_store(
         folder,
-        lambda start: rows_of(model, corpus, tokens, start),
+        lambda start, wanted: rows_of(model, corpus, tokens, start),
         facts,
         wanted_rows=tokens,
         shard_bytes=SHARD_BYTES,
@@ -97,7 +97,7 @@ def kill_at(owner, name, call):
 
 def kill_inside_shard(call):
     """Ends the process when half of a shard's tensors are in its temporary file."""
-    real, calls = store_writer.write_shard, []
+    real, calls = committer.write_shard, []
 
     def cut(append, fields, parts):
         calls.append(None)
@@ -109,7 +109,7 @@ def kill_inside_shard(call):
 
         return real(append, fields, some)
 
-    store_writer.write_shard = cut
+    committer.write_shard = cut
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from sae.errors import UserError
 def cut_off(rows, error=KeyboardInterrupt):
     """A source that fails once it has given that many rows."""
 
-    def batches(start):
-        for batch in source(100)(start):
+    def batches(start, wanted):
+        for batch in source(100)(start, wanted):
             if batch.begin.kept >= rows:
                 raise error
             yield batch
@@ -60,7 +60,7 @@ def test_rows_are_added_to_a_finished_store(tmp_path):
 def test_enough_rows_are_left_alone(tmp_path, wanted):
     write(tmp_path / "s")
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()}
-    store = write(tmp_path / "s", source=lambda start: pytest.fail("harvested"), wanted_rows=wanted)
+    store = write(tmp_path / "s", source=lambda start, wanted: pytest.fail("harvested"), wanted_rows=wanted)
     assert (store.rows, store.complete) == (100, True)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "s").iterdir()} == before
 
@@ -68,21 +68,23 @@ def test_enough_rows_are_left_alone(tmp_path, wanted):
 def test_a_cut_off_store_with_enough_rows_becomes_complete(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "s", source=cut_off(68), wanted_rows=200)
-    store = write(tmp_path / "s", source=lambda start: pytest.fail("harvested"), wanted_rows=60)
+    store = write(tmp_path / "s", source=lambda start, wanted: pytest.fail("harvested"), wanted_rows=60)
     assert (store.rows, store.complete) == (60, True)
 
 
 def test_a_text_that_ends_is_said_and_not_read_again(tmp_path):
     store = write(tmp_path / "s", rows=60, wanted_rows=1000)
     assert (store.rows, store.complete, store.manifest["corpus_ended"]) == (60, True, True)
-    assert write(tmp_path / "s", source=lambda start: pytest.fail("again"), wanted_rows=2000).rows == 60
+    assert (
+        write(tmp_path / "s", source=lambda start, wanted: pytest.fail("again"), wanted_rows=2000).rows == 60
+    )
 
 
 def test_exactly_the_wanted_rows_are_kept_and_no_batch_more_is_made(tmp_path):
     given = []
 
-    def counted(start):
-        for batch in source(400)(start):
+    def counted(start, wanted):
+        for batch in source(400)(start, wanted):
             given.append(len(batch))
             yield batch
 
@@ -126,7 +128,7 @@ def test_a_folder_of_other_things_is_refused_before_anything_is_harvested(tmp_pa
     (tmp_path / "file").write_text("x")
     for name, found in (("other", "thesis.tex"), ("file", "a file at")):
         with pytest.raises(UserError, match=found):
-            write(tmp_path / name, source=lambda start: pytest.fail("harvested"))
+            write(tmp_path / name, source=lambda start, wanted: pytest.fail("harvested"))
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 
@@ -160,8 +162,8 @@ def test_a_second_harvest_is_refused_at_once(tmp_path):
 def test_a_harvest_whose_store_was_taken_over_stops(tmp_path, harm):
     manifest = tmp_path / "s" / "manifest.json"
 
-    def overtaken(start):
-        for batch in source(100)(start):
+    def overtaken(start, wanted):
+        for batch in source(100)(start, wanted):
             if batch.begin.kept == 51 and harm == "gone":
                 manifest.unlink()
             elif batch.begin.kept == 51:
@@ -222,4 +224,7 @@ def test_progress_is_told(tmp_path):
 
 def test_a_source_that_skips_rows_is_a_bug(tmp_path):
     with pytest.raises(ValueError, match="row 0 must come next"):
-        write(tmp_path / "s", source=lambda start: source(100)(dataclasses.replace(start, kept=17)))
+        write(
+            tmp_path / "s",
+            source=lambda start, wanted: source(100)(dataclasses.replace(start, kept=17), wanted),
+        )

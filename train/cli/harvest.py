@@ -1,5 +1,6 @@
 """`jumpscope harvest`."""
 
+from activations.ranks import Ranks, open_ranks
 from activations.store_writer import begun_store
 from sae.errors import UserError
 from sae.numbers import format_size
@@ -16,13 +17,18 @@ def run(argv: list[str]) -> None:
         "harvest --layers 9 --tokens 10M --store-dtype int8 --out s3://bucket/nine",
     ]
     options = parse(HarvestOptions, argv, verb="harvest", examples=examples)
+    with open_ranks() as ranks:
+        _harvest(options, ranks)
+
+
+def _harvest(options: HarvestOptions, ranks: Ranks) -> None:
     begun = begun_store(options.out)
     if begun is not None and begun.rows < options.tokens:
         note(f"{options.out} holds {begun.rows:,} rows: going on from there")
     from train.cli import work  # late: a mistake above should not wait for transformers
 
     try:
-        store = work.harvest(options)
+        store = work.harvest(options, ranks)
     except (KeyboardInterrupt, UserError) as error:
         if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, OSError):
             note(f"the same command goes on with {options.out} after its last whole shard")

@@ -1,7 +1,9 @@
 """`jumpscope index RUN`."""
 
+import dataclasses
 from pathlib import Path
 
+from activations.ranks import open_ranks
 from train.cli.console import say
 from train.cli.options import IndexOptions
 from train.cli.parsing import parse
@@ -21,7 +23,9 @@ def run(argv: list[str]) -> None:
         RunFolder.open(first)  # an empty folder is most likely meant to be a run
     from train.cli import indexing  # late: a mistake above should not wait for transformers
 
-    folders = indexing.build(indexing.open_sources(options), options.examples)
+    with open_ranks() as ranks:
+        ranks.agree("index", {**dataclasses.asdict(options), "sources": list(options.sources)})
+        folders = indexing.build(indexing.open_sources(options, ranks), options.examples)
     root = next(iter(folders.values())).parent
     run_given = len(options.sources) == 1 and (first / RUN).is_file() and not options.out
     sites = f"{len(folders)} site{'s' * (len(folders) != 1)}"

@@ -6,14 +6,15 @@ and checked.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import sae
 from activations.blocks import Cursor, TokenBlocks, iter_blocks
 from activations.corpora import load_corpus
-from activations.harvest import RowBatch, harvest_rows
+from activations.exchange import owners
+from activations.harvest import RowBatch, Wanted, harvest_rows
 from activations.models import LanguageModel, load_model
 from activations.ranks import Ranks, alone
 from activations.shapes import model_shape
@@ -30,7 +31,7 @@ from train.evals import evaluate
 from train.measure import measure_harvest
 from train.plan import Plan, plan_harvest
 from train.room import missing_memory
-from train.rows import device_of
+from train.rows import own_device
 from train.run_folder import RUN, RunFolder, hold
 from train.together import together
 from train.trainer import train_run
@@ -45,6 +46,8 @@ class LoadedRun:
     config: TrainConfig
     model: LanguageModel
     dictionaries: dict[str, Dictionary]
+    owner: Mapping[str, int]
+    """The rank that each site belongs to, in the order of the run; those of others may not be in memory."""
 
     @property
     def widths(self) -> dict[str, int]:
@@ -85,9 +88,12 @@ def load_run(
     dtype: str = "auto",
     device: str = "auto",
     model: LanguageModel | None = None,
+    ranks: Ranks | None = None,
+    others: bool = False,
 ) -> LoadedRun:
     """Opens a run and loads its model, unless that is given.
 
+    Of several `ranks` each loads the dictionaries of its own sites, or with `others` maps all of them.
     Raises UserError when the folder holds no run or no dictionary to use.
     """
     folder = RunFolder.open(path)
@@ -111,19 +117,37 @@ def load_run(
             repr(layers),
             f"the run has {', '.join(map(site_label, saved))}",
         )
-    if model is None:
-        note(f"loading {config.model}")
-        model = load_model(config.model, dtype=config.dtype if dtype == "auto" else dtype, device=device)
-    dictionaries = {site: sae.load(folder.site_dir(site), device=str(model.device)) for site in chosen}
-    model.check_sites(chosen)
-    return LoadedRun(folder=folder, config=config, model=model, dictionaries=dictionaries)
+    ranks = ranks or alone()
+    with ranks.busy("loading the model and its dictionaries"):
+        if model is None:
+            note(f"loading {config.model}")
+            where = str(own_device(device, ranks))
+            model = load_model(config.model, dtype=config.dtype if dtype == "auto" else dtype, device=where)
+        model.check_sites(chosen)
+        owner = owners(_costs(config.model, chosen), ranks.world)
+        where = "cpu" if others and ranks.world > 1 else str(model.device)
+        dictionaries = {
+            site: sae.load(folder.site_dir(site), device=where)
+            for site in chosen
+            if others or owner[site] == ranks.rank
+        }
+    return LoadedRun(folder=folder, config=config, model=model, dictionaries=dictionaries, owner=owner)
 
 
-def harvest(options: HarvestOptions) -> Store:
-    """Writes a store of activations, or goes on with one."""
+def _costs(model: str, sites: Sequence[str]) -> dict[str, float]:
+    """What evaluating each site costs: the model's layers above it, and the vocabulary."""
+    shape = model_shape(model)
+    layer = shape.body_params / shape.n_layers
+    return {site: shape.vocab_params + layer * (shape.n_layers - layer_of(site)) for site in sites}
+
+
+def harvest(options: HarvestOptions, ranks: Ranks | None = None) -> Store:
+    """Writes a store of activations, or goes on with one; `ranks` do it together."""
+    ranks = ranks or alone()
     corpus = load_corpus(options.corpus)
     note(f"loading {options.model}")
-    model = load_model(options.model, dtype=options.dtype, device=options.device)
+    with ranks.busy("loading the model"):
+        model = load_model(options.model, dtype=options.dtype, device=str(own_device(options.device, ranks)))
     sites = expand_sites(options.sites, options.layers, model.n_layers)
     model.check_sites(sites)
     facts = StoreFacts(
@@ -138,7 +162,7 @@ def harvest(options: HarvestOptions) -> Store:
         widths={site: model.site_width(site) for site in sites},
     )
 
-    def source(start: Cursor) -> Iterator[RowBatch]:
+    def source(start: Cursor, wanted: Wanted | None = None) -> Iterator[RowBatch]:
         blocks = iter_blocks(
             model,
             corpus,
@@ -149,9 +173,10 @@ def harvest(options: HarvestOptions) -> Store:
             max_tokens=options.tokens,
             start=start,
         )
-        return harvest_rows(model, blocks, sites)
+        return harvest_rows(model, blocks, sites, wanted)
 
-    _plan_harvest(options, model, sites, source(Cursor()))
+    with ranks.busy("measuring the model"):
+        _plan_harvest(options, model, sites, source(Cursor()), ranks)
     with progress() as report:
         return write_store(
             options.out,
@@ -160,18 +185,25 @@ def harvest(options: HarvestOptions) -> Store:
             wanted_rows=options.tokens,
             dtype=options.store_dtype,
             on_rows=lambda n: report("harvest", n, options.tokens),
+            ranks=ranks,
         )
 
 
 def _plan_harvest(
-    options: HarvestOptions, model: LanguageModel, sites: tuple[str, ...], rows: Iterator[RowBatch]
+    options: HarvestOptions,
+    model: LanguageModel,
+    sites: tuple[str, ...],
+    rows: Iterator[RowBatch],
+    ranks: Ranks,
 ) -> None:
-    """Prints what the harvest takes. Raises UserError when that is not free."""
+    """Prints a rank's memory and the time of all. Raises UserError when the memory is not free."""
+    measured = measure_harvest(model, rows, sites, options.context)
+    assert measured.harvest_rate is not None
     planned = plan_harvest(
         model_shape(options.model),
         {site: model.site_width(site) for site in sites},
         model.dtype,
-        measure_harvest(model, rows, sites, options.context),
+        dataclasses.replace(measured, harvest_rate=measured.harvest_rate * ranks.world),
         device=model.device,
         tokens=options.tokens,
         context=options.context,
@@ -188,7 +220,7 @@ def load(config: TrainConfig, ranks: Ranks | None = None) -> LanguageModel:
     ranks = ranks or alone()
     note(f"loading {config.model}")
     with ranks.busy("loading the model"):
-        return load_model(config.model, dtype=config.dtype, device=str(device_of(config, ranks)))
+        return load_model(config.model, dtype=config.dtype, device=str(own_device(config.device, ranks)))
 
 
 def train(
@@ -227,17 +259,20 @@ def _refuse_missing(planned: Plan, config: TrainConfig) -> None:
         raise error
 
 
-def measure(loaded: LoadedRun, options: EvalOptions, *, index: bool = False) -> dict[str, dict[str, Any]]:
-    """Evaluates the loaded dictionaries and merges what is found into the run's eval.json.
+def measure(
+    loaded: LoadedRun, options: EvalOptions, *, index: bool = False, ranks: Ranks | None = None
+) -> dict[str, dict[str, Any]]:
+    """Evaluates the run's dictionaries and merges what is found into its eval.json.
 
-    With `index` the same pass over `options.tokens` tokens makes the feature index too.
+    Each of several `ranks` evaluates its own sites, and gets what all have found. With `index` the same pass
+    over `options.tokens` tokens makes the feature index too, on one rank.
     """
     wanted = max(options.tokens, options.loss_tokens, options.baseline_tokens)
     root = loaded.folder.index_root
     with hold(root, "indexing into") if index else contextlib.nullcontext():
         text = loaded.text(wanted, options.corpus)
         builder = IndexBuilder(loaded.model, loaded.dictionaries, root, text=text) if index else None
-        found = _measure(loaded, options, wanted, builder)
+        found = _measure(loaded, options, wanted, builder, ranks or alone())
         if builder:
             with progress(unit="latents") as report:
                 builder.write(lambda done, total: report("feature index", done, total))
@@ -245,7 +280,7 @@ def measure(loaded: LoadedRun, options: EvalOptions, *, index: bool = False) -> 
 
 
 def _measure(
-    loaded: LoadedRun, options: EvalOptions, wanted: int, builder: IndexBuilder | None
+    loaded: LoadedRun, options: EvalOptions, wanted: int, builder: IndexBuilder | None, ranks: Ranks
 ) -> dict[str, dict[str, Any]]:
     plan.tell_time(
         loaded.config,
@@ -254,23 +289,30 @@ def _measure(
         eval_tokens=options.tokens,
         loss_tokens=options.loss_tokens,
     )
-    with progress() as report:
-        metrics = evaluate(
-            loaded.model,
-            loaded.dictionaries,
-            loaded.held_out(wanted, options.corpus),
-            tokens=options.tokens,
-            loss_tokens=options.loss_tokens,
-            baseline_tokens=options.baseline_tokens,
-            watch=builder and builder.add,
-            progress=report,
+    with progress() as report, ranks.busy("evaluating"):
+        own = (
+            evaluate(
+                loaded.model,
+                loaded.dictionaries,
+                loaded.held_out(wanted, options.corpus),
+                tokens=options.tokens,
+                loss_tokens=options.loss_tokens,
+                baseline_tokens=options.baseline_tokens,
+                watch=builder and builder.add,
+                progress=report,
+                together=len(loaded.owner),
+            )
+            if loaded.dictionaries
+            else {}
         )
+    shared = {site: row for part in ranks.share("the evaluation", own) for site, row in part.items()}
     corpus = options.corpus or loaded.config.corpus
     trained = loaded.folder.metrics()
     dead = {} if trained.empty else trained.groupby("site")["dead"].last().to_dict()
     found = {
-        site: {**row, "corpus": corpus, "dead_training": dead.get(site)} for site, row in metrics.items()
+        site: {**shared[site], "corpus": corpus, "dead_training": dead.get(site)} for site in loaded.owner
     }
-    merged = loaded.folder.eval_table() | found
-    loaded.folder.write_eval({site: merged[site] for site in loaded.folder.sites() if site in merged})
+    if ranks.first:
+        merged = loaded.folder.eval_table() | found
+        loaded.folder.write_eval({site: merged[site] for site in loaded.folder.sites() if site in merged})
     return found

@@ -1,9 +1,11 @@
 """Builds the feature index: what every latent of every site does on held-out text, in one pass."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +17,8 @@ from torch import Tensor
 from activations.blocks import Cursor, TokenBlocks
 from activations.harvest import check_finite
 from activations.int8 import HasUnembedding
-from sae import Dictionary, UserError
+from activations.ranks import alone
+from sae import Dictionary, DictionaryConfig, UserError
 from sae.files import read_json
 from sae.sparse import SparseEncoder, SparseLatents
 from viewer.index import storage
@@ -23,9 +26,12 @@ from viewer.index.evidence import DENSE, TextRows, gather_evidence
 from viewer.index.histogram import BINS_PER_OCTAVE, histogram_edges
 from viewer.index.lens import Vocabulary
 from viewer.index.parts import Parts
+from viewer.index.share import Share
 from viewer.index.site_tables import Common, TokenStrings, lowest_activation, make_tables
 from viewer.index.storage import LATENTS
 from viewer.index.words import Reading
+
+PARTS = "parts"
 
 
 @runtime_checkable
@@ -55,6 +61,7 @@ def build_index(
     tokens: int = 0,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    share: Share | None = None,
 ) -> dict[str, Path]:
     """Indexes every latent of every site from one forward pass a batch of blocks. Returns {site: folder}.
 
@@ -62,21 +69,26 @@ def build_index(
     of the same that was killed goes on. `tokens` is how many kept tokens will come in all: `progress` is
     called with (done, total), which count those and then the latents written. Raises UserError when a
     dictionary does not fit its site, when there is no token to index, or when the disk refuses.
+
+    With a `share` several ranks build the index together, the same files: each calls this with the same
+    dictionaries, runs the model on its own batches, and reads and writes the sites that are its own.
     """
-    builder = IndexBuilder(model, dictionaries, out, text=text, examples=examples, resume=resume)
-    encoders = {site: SparseEncoder(dictionary) for site, dictionary in dictionaries.items()}
-    for batch in () if builder.next is None else blocks(builder.next):
-        acts = model.activations(batch.tokens, sorted(set(builder.sites_read.values())))
+    builder = IndexBuilder(model, dictionaries, out, text=text, examples=examples, resume=resume, share=share)
+    encoders = {site: SparseEncoder(dictionaries[site]) for site in builder.own}
+    coming = () if builder.next is None else blocks(builder.next)
+    reads = list(dict.fromkeys(builder.sites_read.values()))
+    for batch, rows in kept_rows(model, coming, reads) if share is None else share.rows(coming):
+        builder.begin(batch)
         for site, encoder in encoders.items():
-            x = acts[builder.sites_read[site]]
-            _check_fits(encoder.dictionary, x)
-            x = x[batch.keep.to(x.device)]
+            x = rows[builder.sites_read[site]]
+            check_fits(encoder.dictionary.cfg, x.shape[-1])
             check_finite({builder.sites_read[site]: x})
             builder.add(site, batch, encoder.encode(x))
         if progress:
             progress(builder.rows, max(tokens, builder.rows) + builder.n_latents)
     seen = builder.rows
-    return builder.write(progress and (lambda done, total: progress(seen + done, seen + total)))
+    with share.ranks.busy("writing the index") if share else contextlib.nullcontext():
+        return builder.write(progress and (lambda done, total: progress(seen + done, seen + total)))
 
 
 class IndexBuilder:
@@ -100,16 +112,23 @@ class IndexBuilder:
         text: Mapping[str, Any],
         examples: int = 20,
         resume: bool = False,
+        share: Share | None = None,
     ) -> None:
         self.model, self.dictionaries, self.out = model, dict(dictionaries), out
+        self._ranks = share.ranks if share else alone()
+        self.own = share.own if share else tuple(dictionaries)
+        """The sites that are indexed here; the others by other ranks."""
         self.sites_read = {site: d.cfg.site_in or site for site, d in dictionaries.items()}
         """The site that each dictionary reads."""
-        self.n_latents = sum(d.cfg.d_sae for d in dictionaries.values())
+        self.n_latents = sum(dictionaries[site].cfg.d_sae for site in self.own)
+        """Latents of the sites indexed here."""
         self._text, self._examples, self._resume = dict(text), examples, resume
-        self._digests = {site: _digest(dictionary) for site, dictionary in dictionaries.items()}
+        self._digests = {site: _digest(dictionaries[site]) for site in self.own}
         self._check_others()
         facts = {"model": model.name, "text": self._text, "dictionaries": self._digests}
-        self._parts = Parts(out / "parts", tuple(dictionaries), facts if resume else None)
+        ranks = self._ranks
+        folder = PARTS if ranks.world == 1 else f"{PARTS}-{ranks.rank}-of-{ranks.world}"
+        self._parts = Parts(out / folder, self.own, facts if resume else None, ranks)
 
     @property
     def next(self) -> Cursor | None:
@@ -120,6 +139,10 @@ class IndexBuilder:
     def rows(self) -> int:
         """Tokens taken in so far."""
         return self._parts.rows
+
+    def begin(self, batch: TokenBlocks) -> None:
+        """Begins a batch of which a rank without a site adds nothing."""
+        self._parts.begin(batch)
 
     def add(self, site: str, batch: TokenBlocks, latents: SparseLatents) -> None:
         """Takes in the latents at the kept positions of a batch; every site's, before the next batch."""
@@ -149,17 +172,15 @@ class IndexBuilder:
 
     @torch.inference_mode()
     def write(self, progress: Callable[[int, int], None] | None = None) -> dict[str, Path]:
-        """Writes every site's index, once. Returns {site: folder}; `progress` counts latents."""
+        """Writes the index of the sites here, once. Returns all sites' folders; `progress` counts latents."""
         if not self.rows:
             raise UserError(
                 "the index needs text", "no token to index", "give a corpus with held-out documents"
             )
         self._parts.finish()
         rows = TextRows(self._parts.texts())
-        for path in (self.out / storage.TOKENS, *self.out.glob(f".{storage.TOKENS}.*.tmp")):
-            path.unlink(missing_ok=True)
-        facts = {"model": self.model.name, "text": self._text, "tokens": len(rows)}
-        checksum = storage.write_texts(self.out, rows.texts, facts)
+        written_texts = self._write_texts(rows) if self._ranks.first else ""
+        checksum = self._ranks.share("the texts of the index", written_texts)[0]
         written, writing = 0, None
 
         def wait(writing: "Future[int] | None") -> None:
@@ -173,20 +194,35 @@ class IndexBuilder:
         common = Common(
             model=self.model,
             dictionaries=self.dictionaries,
-            vocabulary=Vocabulary.of(self.model, self.n_latents),
+            # of all sites: it decides which arithmetic finds a latent's tokens
+            vocabulary=Vocabulary.of(self.model, sum(d.cfg.d_sae for d in self.dictionaries.values())),
             strings=strings,
             reading=Reading.of(rows.texts, strings),
         )
         # one site is written while the next one's evidence is gathered
         with ThreadPoolExecutor(max_workers=1) as writer:
-            for site in self.dictionaries:
+            for site in self.own:
                 work = None if self._is_written(site, checksum) else self._make(site, rows, checksum, common)
                 wait(writing)
                 writing = writer.submit(self._write_site, site, work)
             wait(writing)
-        self._write_tokens(strings)
+        self._ranks.share("the sites of the index", None)
+        if self._ranks.first:
+            self._write_tokens(strings)
         self._parts.remove()
+        self._ranks.share("the index to be whole", None)
+        if self._ranks.first:
+            # what a pass of another number of ranks left
+            for folder in self.out.glob(f"{PARTS}-*-of-*"):
+                shutil.rmtree(folder, ignore_errors=True)
         return {site: self.out / site for site in self.dictionaries}
+
+    def _write_texts(self, rows: TextRows) -> str:
+        """Writes the texts, which begins the index anew; returns their checksum."""
+        for path in (self.out / storage.TOKENS, *self.out.glob(f".{storage.TOKENS}.*.tmp")):
+            path.unlink(missing_ok=True)
+        facts = {"model": self.model.name, "text": self._text, "tokens": len(rows)}
+        return storage.write_texts(self.out, rows.texts, facts)
 
     def _make(self, site: str, rows: TextRows, checksum: str, common: Common) -> dict[str, Any]:
         """What `storage.write_site` takes."""
@@ -264,12 +300,21 @@ class IndexBuilder:
             )
 
 
-def _check_fits(dictionary: Dictionary, x: Tensor) -> None:
-    cfg = dictionary.cfg
-    if x.shape[-1] != cfg.d_in:
+def kept_rows(
+    model: IndexModel, blocks: Iterable[TokenBlocks], sites: Sequence[str]
+) -> Iterator[tuple[TokenBlocks, Mapping[str, Tensor]]]:
+    """Each batch of blocks, and the activations at its kept positions."""
+    for batch in blocks:
+        acts = model.activations(batch.tokens, sites)
+        yield batch, {site: x[batch.keep.to(x.device)] for site, x in acts.items()}
+
+
+def check_fits(cfg: DictionaryConfig, width: int) -> None:
+    """Raises UserError when a dictionary does not read rows of a site that is so wide."""
+    if width != cfg.d_in:
         raise UserError(
             "a dictionary must fit its site",
-            f"d_in {cfg.d_in} at {cfg.site_in}, which is {x.shape[-1]} wide",
+            f"d_in {cfg.d_in} at {cfg.site_in}, which is {width} wide",
             "use the model it was trained on",
         )
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from activations.blocks import Cursor, TokenBlocks
+from activations.ranks import Ranks, alone
 from sae.files import atomic_write, disk_errors, make_folder, read_json, write_json
 from sae.sparse import SparseLatents
 from sae.tensor_files import save_tensors
@@ -40,9 +41,19 @@ class Parts:
 
     `facts`, plain JSON values, say what the pass is: its text, its sites, their weights. A folder that holds
     parts of the same facts is gone on with; others are removed. Without facts it always begins anew.
+
+    Several `ranks` read the same text, each with a folder and sites of its own. They end parts together, so
+    that all can go on from where the one that came least far does.
     """
 
-    def __init__(self, folder: Path, sites: Sequence[str], facts: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        sites: Sequence[str],
+        facts: Mapping[str, Any] | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._ranks = ranks or alone()
         self.folder, self.sites = folder, tuple(sites)
         self._facts = facts
         self._files: list[Path] = []
@@ -56,6 +67,7 @@ class Parts:
             self.remove()
         else:
             self._go_on()
+        self._fall_back(min(self._ranks.share("the parts of the pass", len(self._files))))
 
     @property
     def rows(self) -> int:
@@ -65,7 +77,7 @@ class Parts:
     def add(self, site: str, batch: TokenBlocks, latents: SparseLatents) -> None:
         """Takes in the latents at the kept positions of a batch; every site's, before the next batch."""
         if batch is not self._batch:
-            self._begin(batch)
+            self.begin(batch)
         if len(latents) != self._batch_rows or site not in self.sites or site in self._added:
             raise ValueError(f"{len(latents)} rows of {site} in a batch that keeps {self._batch_rows}")
         self._added.add(site)
@@ -131,7 +143,7 @@ class Parts:
                 shutil.rmtree(self.folder)
         self._files = []
 
-    def _begin(self, batch: TokenBlocks) -> None:
+    def begin(self, batch: TokenBlocks) -> None:
         """Makes room for a batch; everything before it is whole, and may go to the disk."""
         if self._batch is not None and len(self._added) != len(self.sites):
             raise ValueError(f"{len(self._added)} of {len(self.sites)} sites have brought the batch before")
@@ -139,7 +151,7 @@ class Parts:
             raise ValueError("the blocks of a pass that can be gone on with must say where they begin")
         self.next = batch.begin
         late = self._facts is not None and time.monotonic() - self._since >= _PART_SECONDS
-        if late or self._bytes >= _PART_BYTES:
+        if any(self._ranks.share("the end of a part", late or self._bytes >= _PART_BYTES)):
             self.write()
         self._batch, self._added = batch, set()
         self._batch_rows = int(batch.keep.sum())
@@ -167,10 +179,25 @@ class Parts:
                 _log.warning("%s is not whole and is made again: %s", path, error)
                 path.unlink()
                 continue
-            following = json.loads(place["next"])
-            self.next = following and Cursor(**following)
-            self._rows_on_disk += int(place["rows"])
-            self._files.append(path)
+            self._take_up(path, place)
+
+    def _take_up(self, path: Path, place: Mapping[str, str]) -> None:
+        following = json.loads(place["next"])
+        self.next = following and Cursor(**following)
+        self._rows_on_disk += int(place["rows"])
+        self._files.append(path)
+
+    def _fall_back(self, count: int) -> None:
+        """Lets go of the parts behind the first `count`."""
+        kept, more = self._files[:count], self._files[count:]
+        if not more:
+            return
+        for path in more:
+            path.unlink()
+        self._files, self._rows_on_disk, self.next = [], 0, Cursor()
+        for path in kept:
+            with safetensors.safe_open(path, framework="pt") as file:
+                self._take_up(path, file.metadata())
 
     def _parts(self, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
         for path in self._files:

@@ -121,7 +121,9 @@ def make_tables(common: Common, site: str, found: Evidence) -> tuple[dict[str, p
     latents |= {"label_kind": labels.kind, "label_share": labels.share}
     near = [("cofiring", site, found.cofiring), ("cosine", site, _listed(own))]
     for kind, other in sorted(beside.items()):
-        rows = neighbours(dictionary.W_dec, dictionaries[other].W_dec)
+        # another rank's lies in a file that is mapped
+        theirs = dictionaries[other].W_dec.to(dictionary.W_dec.device)
+        rows = neighbours(dictionary.W_dec, theirs)
         near.append((kind, other, _listed(rows)))
     columns = {LATENTS: latents, EXAMPLES: found.examples, DRIVERS: found.drivers, RELATED: _related(near)}
     return {name: make_table(SCHEMAS[name], table) for name, table in columns.items()}, facts
