@@ -31,6 +31,15 @@ class Tokenizes(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
 
+@runtime_checkable
+class TokenizesMany(Protocol):
+    """Texts to tokens, `at_once` of them, as a model's `encode` gives them one by one."""
+
+    at_once: int
+
+    def encode_all(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
     """A place between two batches of a stream: all that is needed to go on from there."""
@@ -74,12 +83,14 @@ def iter_blocks(
     max_tokens: int | None = None,
     epochs: int | None = 1,
     start: Cursor | None = None,
+    many: TokenizesMany | None = None,
 ) -> Iterator[TokenBlocks]:
     """Packs a corpus into blocks of `context` tokens, a batch of blocks at a time.
 
     Each block starts with BOS and each document follows a BOS; a document cut by the end of a block goes on
     in the next one, behind its BOS. A model without BOS gets the documents end to end. The last block is
-    padded, the last batch may have fewer blocks. Texts are tokenised as they are needed.
+    padded, the last batch may have fewer blocks. Texts are tokenised as they are needed, by `many` at a time
+    if that is given.
 
     `max_tokens` stops after exactly that many kept tokens. `epochs` is the number of passes over the
     corpus, None for no end; each pass of a finite corpus has its own order. `start`, the `begin` of a batch
@@ -100,7 +111,7 @@ def iter_blocks(
         if value is not None and value < 1:
             raise UserError(f"{name} must be at least 1", str(value), f"give a larger {name}")
     start = start or Cursor()
-    texts = _tokenised(model, corpus, split, seed, epochs, start)
+    texts = _tokenised(many or _OneByOne(model), corpus, split, seed, epochs, start)
     blocks = _pack(model, texts, context, start.offset)
     return _batches(_limit(blocks, max_tokens, start.kept), blocks_per_batch)
 
@@ -150,17 +161,28 @@ class _Block:
         return self
 
 
+class _OneByOne:
+    def __init__(self, model: Tokenizes) -> None:
+        self.at_once, self._model = 1, model
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._model.encode(text) for text in texts]
+
+
 def _tokenised(
-    model: Tokenizes, corpus: Corpus, split: Split, seed: int, epochs: int | None, start: Cursor
+    many: TokenizesMany, corpus: Corpus, split: Split, seed: int, epochs: int | None, start: Cursor
 ) -> Iterator[_Text]:
     for epoch in itertools.count(start.epoch) if epochs is None else range(start.epoch, epochs):
         skipped = start.document if epoch == start.epoch else 0
         n_tokens = 0
         documents = corpus.documents(split, seed + _SEED_STRIDE * epoch)
-        for number, document in enumerate(itertools.islice(documents, skipped, None), skipped):
-            ids = np.array(model.encode(document.text), dtype=np.int32)
-            n_tokens += len(ids)
-            yield _Text(epoch, number, document.id, ids)
+        numbered = enumerate(itertools.islice(documents, skipped, None), skipped)
+        while chunk := list(itertools.islice(numbered, many.at_once)):
+            encoded = many.encode_all([document.text for _, document in chunk])
+            for (number, document), tokens in zip(chunk, encoded, strict=True):
+                ids = np.array(tokens, dtype=np.int32)
+                n_tokens += len(ids)
+                yield _Text(epoch, number, document.id, ids)
         if not n_tokens and not skipped:  # without this an endless pass would spin for ever
             raise UserError(
                 "the corpus must hold tokens", f"no token in {corpus.name}", "give another corpus"

@@ -89,6 +89,7 @@ def several(sizes, store, alone, tmp_path_factory):
         "one": {"config": {"layers": "1"}},
         # a signal to rank 0, which has a site in any case
         "stopped": {"config": {"checkpoint_minutes": 1e-9}, "at": ["step", 13], "signal": signal.SIGTERM},
+        "one stopped": {"config": {"layers": "1"}, "at": ["step", 8], "signal": signal.SIGTERM},
         "bad": {"rank": last, "poison": 3},
         "other": {"rank": last, "other": {"lr": 0.5}},
         "live again": {"config": {"out": str(folder / "live")}},
@@ -151,10 +152,14 @@ def test_a_run_goes_on_with_another_number_of_ranks(several, sizes, alone, tiny_
     assert steps(run)[-1] == at + 4
     # the other was kept when all refused what one found
     assert steps(folder / "bad") or WORLD > 2
-    names = ("stopped", "bad", "bad")
-    orders = [{"config": {**sizes, "out": str(folder / name)}, "resume": True} for name in names]
+    names = {"stopped": {}, "bad": {}, "one stopped": {"layers": "1"}, "one": {"layers": "1"}}
+    orders = [
+        {"config": {**sizes, **fields, "out": str(folder / name)}, "resume": True}
+        for name, fields in names.items()
+    ]
     ends = on_ranks(orders, folder)
-    assert [(code, told) for code, told, _ in ends] == [(0, ["done"] * 3)] * WORLD, ends
+    assert [(code, told) for code, told, _ in ends] == [(0, ["done"] * 4)] * WORLD, ends
+    assert_same(folder / "one stopped", folder / "one")
     assert_same(run, alone / "live")
     assert_same(folder / "bad", alone / "live")
 

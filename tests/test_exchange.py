@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rank_fakes import on_ranks
 
@@ -15,6 +15,7 @@ from activations.exchange import (
     Ahead,
     Ownership,
     RefusedByAll,
+    SharedTokens,
     Spent,
     exchange_bytes,
     exchanged_rows,
@@ -84,6 +85,24 @@ def test_sites_are_divided_by_cost(costs, world):
     assert sum(1 for n in load if n) == min(world, len(costs))
     # equal sites fall in turn
     assert owners(dict.fromkeys("abcde", 1.0), 2) == {"a": 0, "b": 1, "c": 0, "d": 1, "e": 0}
+
+
+@given(st.lists(st.text(max_size=9), max_size=30), st.integers(1, 4))
+@settings(max_examples=20)
+def test_texts_are_tokenised_once_by_one_rank_each(texts, world):
+    asked = [[] for _ in range(world)]
+
+    def work(ranks):
+        def encode(text):
+            asked[ranks.rank].append(text)
+            return [ord(letter) for letter in text]
+
+        many = SharedTokens(ranks, encode)
+        assert many.at_once == 16 * world
+        return [tokens.tolist() for tokens in many.encode_all(texts)]
+
+    assert on_ranks(world, work) == [[[ord(letter) for letter in text] for text in texts]] * world
+    assert asked == [texts[rank::world] for rank in range(world)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from activations.blocks import Cursor, TokenBlocks, iter_blocks
+from activations.blocks import Cursor, TokenBlocks, TokenizesMany, iter_blocks
 from activations.corpora import Corpus, load_corpus
-from activations.exchange import Ahead, Ownership, Spent, exchanged_rows
+from activations.exchange import Ahead, Ownership, SharedTokens, Spent, exchanged_rows
 from activations.harvest import RowBatch, RowMap, harvest_rows
 from activations.models import LanguageModel, load_model
 from activations.positions import RingPosition
@@ -100,7 +100,8 @@ def _live_rows(
     lane = ranks.lane()
 
     def source(start: Cursor) -> Iterator[RowBatch]:
-        blocks = _blocks(config, model, corpus, start, warns=ranks.first)
+        many = SharedTokens(lane, model.encode) if ranks.world > 1 else None
+        blocks = _blocks(config, model, corpus, start, many, warns=ranks.first)
         if ranks.world == 1:
             batches = harvest_rows(model, blocks, sites)
         else:
@@ -166,7 +167,13 @@ def _ring(
 
 
 def _blocks(
-    config: TrainConfig, model: LanguageModel, corpus: Corpus, start: Cursor, *, warns: bool
+    config: TrainConfig,
+    model: LanguageModel,
+    corpus: Corpus,
+    start: Cursor,
+    many: TokenizesMany | None,
+    *,
+    warns: bool,
 ) -> Iterator[TokenBlocks]:
     """Blocks with `config.tokens` tokens in all; a shorter corpus is read again, in another order."""
     blocks = iter_blocks(
@@ -179,6 +186,7 @@ def _blocks(
         max_tokens=config.tokens,
         epochs=None,
         start=start,
+        many=many,
     )
     epoch = start.epoch
     for block in blocks:

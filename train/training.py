@@ -73,7 +73,8 @@ class Training:
 
     def begin(self) -> None:
         """Makes the trainers, unless they came from a checkpoint; harvests the first rows for it."""
-        if self.trainers:
+        # a rank may have none either way
+        if self.position is not None:
             return
         made = {}
         ring = self.rows.ring
