@@ -1,4 +1,4 @@
-"""What the ranks of a run do when one is killed, frozen, stuck, stopped or fails: processes and the real `main`."""
+"""What ranks do when one of them is killed, frozen, stuck, stopped or fails: processes and the real `main`."""
 
 import os
 import re
@@ -9,7 +9,10 @@ import time
 
 import pytest
 from ranks_processes import ROOT, Processes
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from activations.watch import Watch
+from sae.errors import UserError
 from train.cli.main import main
 
 WAYS = """
@@ -36,8 +39,6 @@ def fail(ranks, way):
         raise UserError("the file must be there", "no file", "write it")
     if way == "bug":
         raise ZeroDivisionError("a mistake")
-    if way == "memory":
-        raise MemoryError("no room for 8 GiB")
     if way == "killed":
         os.kill(os.getpid(), 9)
     if way == "stuck":
@@ -170,3 +171,17 @@ def test_verbs_of_one_process_are_refused(monkeypatch, capfd):
         monkeypatch.setenv("RANK", str(rank))
         assert main(["view", "runs/none"]) == 2
         assert capfd.readouterr().err.partition(",")[0] == said
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")]
+)
+def test_a_rank_without_memory_says_what_to_do(error, monkeypatch):
+    # what would end this process
+    monkeypatch.setattr("atexit.register", lambda *call: None)
+    store = HashStore()
+    watch = Watch(store, 1, 2, 45.0, False)
+    with pytest.raises(UserError, match=r"memory .* no room\. Allow less with --memory"):
+        watch.tell(error)
+    other = Watch(store, 0, 2, 45.0, False)
+    assert (other.look()["rank"], other.look()["code"]) == (1, 2)
