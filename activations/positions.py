@@ -19,8 +19,8 @@ class Generation:
     rows: int
     tokens: str
     """Digest of which tokens the rows stand for."""
-    values: str
-    """Digest of its first row at every site, to the last bit."""
+    values: Mapping[str, str]
+    """Digest of its first row at each site, to the last bit; of the sites that are known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class RingPosition:
     def from_dict(cls, values: Mapping[str, Any]) -> "RingPosition":
         """The inverse of `to_dict`, also after a way through JSON."""
         rows, batch, passes, seed = values["shape"]
-        parts = [Generation(**{**part, "begin": Cursor(**part["begin"])}) for part in values["generations"]]
+        parts = [_generation(part) for part in values["generations"]]
         made = {
             "shape": (rows, batch, passes, seed),
             "generations": tuple(parts),
@@ -58,3 +58,10 @@ class RingPosition:
             "latest": Cursor(**values["latest"]),
         }
         return cls(**{**values, **made})
+
+
+def _generation(values: Mapping[str, Any]) -> Generation:
+    digests = values["values"]
+    # older versions kept one digest for all sites together, which tells nothing of any one
+    known = digests if isinstance(digests, Mapping) else {}
+    return Generation(**{**values, "begin": Cursor(**values["begin"]), "values": known})

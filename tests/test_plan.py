@@ -19,6 +19,7 @@ from train.config import TrainConfig
 from train.machine import cgroup_free
 from train.measure import measure
 from train.plan import fixed_costs, make_plan, missing_memory, plan_ring_rows, rows_to_train
+from train.together import divide
 from train.times import Measured
 
 GIB = 2**30
@@ -286,7 +287,7 @@ def test_harvest_and_a_run_from_its_store_print_plans(inputs, tmp_path, capfd):
     shape, sites, dtype, tokens = rows_to_train(stored)
     assert (shape, dtype, tokens) == (None, torch.float32, 500)
     assert sites == {"blocks.1.hook_resid_post": 32, "blocks.2.hook_resid_post": 32}
-    assert fixed_costs(stored, shape, sites, dtype, on_gpu=False)["Python, libraries"] < GIB
+    assert fixed_costs(stored, shape, divide(sites, dtype, 1), on_gpu=False)["Python, libraries"] < GIB
     with pytest.raises(UserError, match="it holds"):
         make_plan(changed(stored, sites="mlp_out"))
 

@@ -12,12 +12,13 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from activations.ranks import Ranks, alone
 from sae.errors import UserError
 from sae.files import (
     disk_errors,
@@ -29,6 +30,7 @@ from sae.files import (
     sync_folder,
     write_json,
 )
+from train.together import by_first, together
 
 _log = logging.getLogger(__name__)
 
@@ -55,33 +57,77 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    run: Path, step: int, sites: Iterable[tuple[str, Mapping[str, Tensor]]], state: Mapping[str, Any]
+    run: Path,
+    step: int,
+    sites: Iterable[tuple[str, Mapping[str, Tensor]]],
+    state: Mapping[str, Any],
+    *,
+    ranks: Ranks | None = None,
+    join: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]] = lambda states: states[0],
 ) -> None:
     """Writes a checkpoint beside the others, gives it its name, and removes all but the newest two.
 
-    A step's checkpoint that is there already is left as it is. Raises UserError or OSError when the disk
-    refuses; the older ones are untouched then.
+    Each of the `ranks` gives the `sites` that it owns and its `state`, of which `join` makes one; rank 0
+    names the folder once all files are there. A step's checkpoint that is there already is left as it is.
+    Raises UserError or OSError when the disk refuses one of them; the older ones are untouched then.
     """
-    folder = make_folder(run / CHECKPOINTS)
-    sweep(run)
+    ranks = ranks or alone()
+    folder = run / CHECKPOINTS
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
-    if target.exists():
+    if by_first(ranks, "a checkpoint's folder", lambda: _begin(run, target, partial)):
         return
     try:
-        with disk_errors(partial):
-            partial.mkdir()
-            for site, tensors in sites:
-                save_tensors(partial / f"{site}.safetensors", tensors)
-            files = {path.name: sha256_file(path) for path in sorted(partial.iterdir())}
-            body = {"format": FORMAT, "step": step, **state, "files": files}
-            write_json(partial / STATE, {**body, "sha256": _digest(body)})
-            partial.rename(target)
-            sync_folder(folder)
+        parts = together(ranks, "a checkpoint's files", lambda: [_write_sites(partial, sites), dict(state)])
+        by_first(ranks, "a checkpoint's end", lambda: _finish(target, partial, step, parts, join))
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in _by_step(run)[KEPT:]:
+
+
+def _begin(run: Path, target: Path, partial: Path) -> bool:
+    """Makes the folder to fill; returns whether the checkpoint is there already."""
+    make_folder(partial.parent)
+    sweep(run)
+    if target.exists():
+        return True
+    with disk_errors(partial):
+        partial.mkdir()
+    return False
+
+
+def _write_sites(partial: Path, sites: Iterable[tuple[str, Mapping[str, Tensor]]]) -> dict[str, str]:
+    """Writes a file for each site; returns their checksums, by name."""
+    digests = {}
+    for site, tensors in sites:
+        path = partial / f"{site}.safetensors"
+        save_tensors(path, tensors)
+        digests[path.name] = sha256_file(path)
+    return digests
+
+
+def _finish(
+    target: Path,
+    partial: Path,
+    step: int,
+    parts: Sequence[Sequence[Mapping[str, Any]]],
+    join: Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]],
+) -> None:
+    files = {name: digest for digests, _ in parts for name, digest in digests.items()}
+    body = {"format": FORMAT, "step": step, **join([state for _, state in parts])}
+    body["files"] = dict(sorted(files.items()))
+    with disk_errors(partial):
+        write_json(partial / STATE, {**body, "sha256": _digest(body)})
+        partial.rename(target)
+        sync_folder(target.parent)
+    for old in _by_step(target.parent.parent)[KEPT:]:
         _remove(old)
+
+
+def at_step(run: Path, step: int) -> Checkpoint:
+    """The checkpoint of that step, which rank 0 has found to be whole."""
+    state = read_json(run / CHECKPOINTS / f"step_{step}" / STATE)
+    return Checkpoint(run / CHECKPOINTS / f"step_{step}", state)
 
 
 def newest_whole(run: Path) -> Checkpoint | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from activations.exchange import Ownership, exchange_bytes
 from activations.precision import pick_device, pick_dtype
 from activations.ring import ring_bytes, ring_rows, rows_for_memory
 from activations.shapes import ModelShape, model_shape
@@ -18,11 +19,14 @@ from sae.numbers import format_size
 from train.config import TrainConfig
 from train.machine import free_gpu_memory, free_memory, own_private_memory
 from train.times import Measured, Speeds, basis, evaluation_seconds, index_seconds, pass_flops, training_rates
+from train.together import divide
 
 # resident size of the process with torch, transformers and the CPU kernel's compiler; with a model, its
 # tokenizer by the size of the vocabulary, and a packaged text
 _PROCESS, _PER_TOKEN, _TEXT = 620 * 2**20, 1300, 85 * 2**20
 _FP32 = 4
+EXCHANGE = "exchange"
+"""A plan's name for the memory of what ranks trade, and of the rows they have in store."""
 # numbers a token in a layer's intermediate products, in multiples of d_model
 _LAYER_PRODUCTS = 22
 # bytes of a score of explicit attention: as computed, in fp32, and its softmax
@@ -90,23 +94,32 @@ def make_plan(
     eval_tokens: int = 0,
     loss_tokens: int = 0,
     index_tokens: int = 0,
+    rank: int = 0,
+    world: int = 1,
 ) -> Plan:
     """Works out a training run, and an evaluation and an index after it when their tokens are given.
 
-    Reads the model's configuration or the store's manifest, no weights. Times, and the size of the process,
-    rest on `measured`; without it on a matrix product of half a second and on what is usual. Raises
-    UserError when the run does not fit `config.memory` or the disk, saying what would.
+    Memory is that of one `rank` of `world`; disk and times are those of the run. Reads the model's
+    configuration or the store's manifest, no weights. Times, and the size of the process, rest on
+    `measured`; without it on a matrix product of half a second and on what is usual. Raises UserError when
+    the run does not fit `config.memory` or the disk, saying what would.
     """
     shape, sites, dtype, tokens = rows_to_train(config)
     device = pick_device(config.device)
     on_gpu = device.type != "cpu"
-    fixed = fixed_costs(config, shape, sites, dtype, on_gpu=on_gpu, measured=measured)
-    rows = plan_ring_rows(config, sites, dtype, sum(fixed.values()))
-    ring = ring_bytes(sites, dtype=dtype, rows=rows, batch=config.batch, passes=config.passes)
+    owned = divide(sites, dtype, world)
+    own = owned.sites(rank)
+    fixed = fixed_costs(config, shape, owned, rank, world, on_gpu=on_gpu, measured=measured)
+    rows = plan_ring_rows(config, own, dtype, sum(fixed.values()))
+    ring = ring_bytes(own, dtype=dtype, rows=rows, batch=config.batch, passes=config.passes)
     speeds = Speeds.of(device, dtype)
     rates = training_rates(config, shape, sites, speeds, measured)
     if shape is not None and measured is not None:
         speeds = dataclasses.replace(speeds, forward=rates["harvest"] * pass_flops(shape, sites))
+    # every rank runs the model; the one with most to train decides
+    most = max(sum(owned.sites(other).values()) for other in range(world))
+    gains = {"harvest": world, "train": sum(sites.values()) / most}
+    rates = {phase: rate * gains[phase] for phase, rate in rates.items()}
     seconds = {"harvest": tokens / rates["harvest"]} if "harvest" in rates else {}
     seconds["train"] = tokens * config.passes / rates["train"]
     if shape is not None and eval_tokens + loss_tokens:
@@ -114,7 +127,7 @@ def make_plan(
     if shape is not None and index_tokens:
         seconds["index"] = index_seconds(shape, sites, config.width, speeds, index_tokens)
     plan = Plan(
-        sites=sites,
+        sites=own,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         ring_rows=rows,
@@ -188,31 +201,43 @@ def rows_to_train(config: TrainConfig) -> tuple[ModelShape | None, dict[str, int
     return shape, {site: shape.widths[kind_of(site)] for site in sites}, dtype, config.tokens
 
 
+def rows_ahead(config: TrainConfig) -> int:
+    """Rows that a rank may have in store beside its ring: what the ring will next take in."""
+    return _ring_rows(config) // config.passes
+
+
 def fixed_costs(
     config: TrainConfig,
     shape: ModelShape | None,
-    sites: Mapping[str, int],
-    dtype: torch.dtype,
+    owned: Ownership,
+    rank: int = 0,
+    world: int = 1,
     *,
     on_gpu: bool,
     measured: Measured | None = None,
 ) -> dict[str, int]:
-    """Bytes that a run takes on the device that computes, whatever the size of its ring, by item.
+    """Bytes that a rank takes on the device that computes, whatever the size of its ring, by item.
 
     `shape` is None where rows come from a store. Working memory is that of the phase which needs most.
     """
-    parameters = [dictionary_parameters(config.width, d_in) for d_in in sites.values()]
-    # fp32: weights and moments; bf16: the encoder that the product reads
-    moments = 2 if config.beta1 else 1
-    dictionaries = (1 + moments) * _FP32 * sum(parameters) + 2 * config.width * sum(sites.values())
-    phases = _working_memory(config, shape, sites, dtype, on_gpu=on_gpu)
-    phase = max(phases, key=lambda name: phases[name])
-    costs = {
-        f"{len(sites)} dictionaries": dictionaries,
-        f"work: {phase}": phases[phase],
-    }
+    sites = owned.sites(rank)
+    costs = {}
     if shape is not None:
-        costs = {"language model": _weights(shape, dtype, measured), **costs}
+        costs["language model"] = _weights(shape, owned.dtype, measured)
+    if shape is not None and world > 1:
+        # a thread harvests at all times
+        batch = {"model_batch": config.model_batch, "context": config.context}
+        costs["forward pass"] = _forward(shape, owned.widths, owned.dtype, **batch)
+        costs[EXCHANGE] = exchange_bytes(owned, rank, world=world, ahead=rows_ahead(config), **batch)
+    if sites:
+        parameters = [dictionary_parameters(config.width, d_in) for d_in in sites.values()]
+        # fp32: weights and moments; bf16: the encoder that the product reads
+        moments = 2 if config.beta1 else 1
+        dictionaries = (1 + moments) * _FP32 * sum(parameters) + 2 * config.width * sum(sites.values())
+        phases = _working_memory(config, shape, sites, owned.dtype, on_gpu=on_gpu, harvests=world == 1)
+        phase = max(phases, key=lambda name: phases[name])
+        costs[f"{len(sites)} dictionaries"] = dictionaries
+        costs[f"work: {phase}"] = phases[phase]
     return costs if on_gpu else {**costs, "Python, libraries": _process(shape, measured)}
 
 
@@ -228,7 +253,7 @@ def plan_ring_rows(config: TrainConfig, sites: Mapping[str, int], dtype: torch.d
     ring = ring_bytes(sites, dtype=dtype, rows=rows, **shares)
     if fixed + ring <= config.memory:
         return rows
-    remedy = f"give --memory {_gigabytes(fixed + ring)}"
+    remedy = f"give --memory {-(-(fixed + ring) // 2**30)}G"
     spare = config.memory - fixed
     if spare >= ring_bytes(sites, dtype=dtype, rows=smallest, **shares):
         remedy += f" or --buffer {rows_for_memory(spare, sites, dtype=dtype, **shares)}"
@@ -259,7 +284,7 @@ def missing_memory(plan: Plan, config: TrainConfig | None = None) -> UserError |
     if need <= free:
         return None
     remedy = "close other programs"
-    if config is not None:
+    if config is not None and plan.sites:
         shares = {"batch": config.batch, "passes": config.passes}
         dtype = getattr(torch, plan.dtype)
         spare = free - need + ring_bytes(plan.sites, dtype=dtype, rows=plan.ring_rows, **shares)
@@ -316,8 +341,9 @@ def _working_memory(
     dtype: torch.dtype,
     *,
     on_gpu: bool,
+    harvests: bool,
 ) -> dict[str, int]:
-    """Bytes by phase beside what stays throughout."""
+    """Bytes by phase beside what stays throughout; `harvests` means that steps and the model take turns."""
     row, widest = sum(sites.values()) * dtype.itemsize, max(sites.values())
     threads = 1 if on_gpu else torch.get_num_threads()
     together = len(sites) >= _SIDE_BY_SIDE * threads
@@ -331,6 +357,8 @@ def _working_memory(
         store = open_store(config.store)
         shard = SHARD_BYTES * sum(sites.values()) // sum(store.widths.values())
         harvest = 2 * made + min(2 * shard, store.rows * row)
+    elif not harvests:
+        harvest, made, name = 0, 0, "step"
     else:
         harvest = _forward(shape, sites, dtype, config.context, config.model_batch)
         made, name = config.model_batch * config.context * row, "model and step"
@@ -367,7 +395,3 @@ def _disk(config: TrainConfig, sites: Mapping[str, int], *, index: bool) -> dict
     if index:
         items["feature index"] = _INDEX_PER_LATENT * config.width * len(sites)
     return items
-
-
-def _gigabytes(n_bytes: int) -> str:
-    return f"{-(-n_bytes // 2**30)}G"

@@ -27,11 +27,13 @@ def refuse_changes(run: RunFolder, config: TrainConfig) -> None:
         )
 
 
-def refuse_other_circumstances(state: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_other_circumstances(
+    state: Mapping[str, Any], now: Mapping[str, Any], *, warns: bool = True
+) -> None:
     """Compares a checkpoint's state with what the run would go on with.
 
     `must_stay` (the source of the rows, device, kernel, dtypes) must be equal, or a UserError shows the
-    differences. Other `versions` and `threads` are a warning: they may change the last bits.
+    differences. Other `versions` and `threads` are a warning, if it `warns`: they may change the last bits.
     """
     was, found = state["must_stay"], now["must_stay"]
     differences = [
@@ -46,7 +48,7 @@ def refuse_other_circumstances(state: Mapping[str, Any], now: Mapping[str, Any])
             "restore them, or begin a new run with --out",
         )
     for name in ("versions", "threads"):
-        if state[name] != now[name]:
+        if warns and state[name] != now[name]:
             _log.warning(
                 "the run was made with %s %s and goes on with %s: the last bits may differ",
                 name,

@@ -11,18 +11,21 @@ import torch
 
 from activations.blocks import Cursor, TokenBlocks, iter_blocks
 from activations.corpora import Corpus, load_corpus
+from activations.exchange import Ahead, Ownership, Spent, exchanged_rows
 from activations.harvest import RowBatch, RowMap, harvest_rows
 from activations.models import LanguageModel, load_model
 from activations.positions import RingPosition
 from activations.precision import pick_device
+from activations.ranks import Ranks
 from activations.ring import ShuffleRing
-from activations.shapes import model_shape
+from activations.shapes import ModelShape, model_shape
 from activations.sites import expand_sites, layer_of
 from activations.store import open_store
 from sae.errors import UserError
 from sae.numbers import format_count
 from train.config import TrainConfig
-from train.plan import fixed_costs, plan_ring_rows
+from train.plan import fixed_costs, plan_ring_rows, rows_ahead
+from train.together import divide
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +35,12 @@ Report = Callable[[str, int, int, str], object]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The rows of a run, in the order of its training."""
+    """The rows of a run that one rank trains on, in the order of its training."""
 
     ring: ShuffleRing
+    """Of this rank's sites alone: rows of its own size and order, whatever the sites and the ranks."""
+    owned: Ownership
+    """Which rank trains which site."""
     total: int
     """Rows to be served, repeats included."""
     model: str
@@ -42,62 +48,122 @@ class Rows:
     dtype: torch.dtype
     identity: dict[str, Any]
     """What they are made from: must be the same when a run is resumed."""
+    spent: Spent
+    ahead: list[Ahead] = dataclasses.field(default_factory=list)
+    """The harvest in a thread of its own, where there are several ranks and it has begun."""
+
+    def check(self) -> None:
+        """Raises what the harvest's thread failed with, if it did."""
+        for harvest in self.ahead:
+            harvest.check()
+
+    def close(self) -> None:
+        """Ends the harvest. Every rank must close."""
+        for harvest in self.ahead:
+            harvest.close()
 
 
 def open_rows(
     config: TrainConfig,
     model: LanguageModel | None,
     on_progress: Report,
+    ranks: Ranks,
     resume: RingPosition | None = None,
 ) -> Rows:
     """Opens what `config` names; nothing is harvested yet. `model` spares loading it, `resume` is the place
-    to go on from. Raises UserError.
+    to go on from. Each rank gets the rows of its own sites. Raises UserError.
     """
     opened = _stored_rows if config.store else _live_rows
-    return opened(config, model, on_progress, resume)
+    return opened(config, model, on_progress, ranks, resume)
 
 
 def _live_rows(
-    config: TrainConfig, given: LanguageModel | None, on_progress: Report, resume: RingPosition | None
+    config: TrainConfig,
+    given: LanguageModel | None,
+    on_progress: Report,
+    ranks: Ranks,
+    resume: RingPosition | None,
 ) -> Rows:
     corpus = load_corpus(config.corpus)
     shape = model_shape(config.model)
     sites = expand_sites(config.sites, config.layers, shape.n_layers)
-    model = given or load_model(config.model, dtype=config.dtype, device=config.device)
+    with ranks.busy("loading the model"):
+        model = given or load_model(config.model, dtype=config.dtype, device=str(device_of(config, ranks)))
     model.check_sites(sites)
     if resume is None:
         _refuse_short(config, model, corpus)
-    widths = {site: model.site_width(site) for site in sites}
-    fixed = sum(fixed_costs(config, shape, widths, model.dtype, on_gpu=model.device.type != "cpu").values())
+    owned = divide({site: model.site_width(site) for site in sites}, model.dtype, ranks.world)
+    spent, ahead = Spent(), []
+    lane = ranks.lane()
 
     def source(start: Cursor) -> Iterator[RowBatch]:
-        for rows in harvest_rows(model, _blocks(config, model, corpus, start), sites):
+        blocks = _blocks(config, model, corpus, start, warns=ranks.first)
+        if ranks.world == 1:
+            batches = harvest_rows(model, blocks, sites)
+        else:
+            batches = Ahead(
+                lambda stopped: exchanged_rows(lane, model, blocks, owned, stopped=stopped, spent=spent),
+                rows_ahead(config),
+                beat=lambda moving: (ranks if moving else lane).beat(),
+                spent=spent,
+            )
+            ahead.append(batches)
+        for rows in batches:
             done = (rows.begin.kept if rows.begin else 0) + len(rows)
             yield rows
             on_progress("harvest", done, config.tokens, "")
 
     return Rows(
-        ring=ShuffleRing(
-            source,
-            widths,
-            dtype=model.dtype,
-            rows=plan_ring_rows(config, widths, model.dtype, fixed),
-            batch=config.batch,
-            passes=config.passes,
-            seed=config.seed,
-            device=model.device,
-            resume=resume,
-        ),
+        ring=_ring(config, source, owned, shape, ranks, model.device, resume),
+        owned=owned,
         total=config.tokens * config.passes,
         model=model.name,
         device=model.device,
         dtype=model.dtype,
         identity={"model": model.name, "tokenizer": model.tokenizer_hash, "corpus": corpus.name},
+        spent=spent,
+        ahead=ahead,
+    )
+
+
+def device_of(config: TrainConfig, ranks: Ranks) -> torch.device:
+    """The device to work on: of several GPUs, the one of this rank. Raises UserError when there is none."""
+    device = pick_device(config.device)
+    if device.type == "cuda" and ranks.world > 1:
+        device = ranks.device
+        torch.cuda.set_device(device)
+    return device
+
+
+def _ring(
+    config: TrainConfig,
+    source: Callable[[Cursor], Iterator[RowBatch]],
+    owned: Ownership,
+    shape: ModelShape | None,
+    ranks: Ranks,
+    device: torch.device,
+    resume: RingPosition | None,
+) -> ShuffleRing:
+    """The ring of a rank's sites. Raises UserError, the same on all, when one of them has no room for it."""
+    for rank in range(ranks.world):
+        costs = fixed_costs(config, shape, owned, rank, ranks.world, on_gpu=device.type != "cpu")
+        # of the config alone, so the same on every rank
+        rows = plan_ring_rows(config, owned.sites(rank), owned.dtype, sum(costs.values()))
+    return ShuffleRing(
+        source,
+        owned.sites(ranks.rank),
+        dtype=owned.dtype,
+        rows=rows,
+        batch=config.batch,
+        passes=config.passes,
+        seed=config.seed,
+        device=device,
+        resume=resume,
     )
 
 
 def _blocks(
-    config: TrainConfig, model: LanguageModel, corpus: Corpus, start: Cursor
+    config: TrainConfig, model: LanguageModel, corpus: Corpus, start: Cursor, *, warns: bool
 ) -> Iterator[TokenBlocks]:
     """Blocks with `config.tokens` tokens in all; a shorter corpus is read again, in another order."""
     blocks = iter_blocks(
@@ -114,7 +180,7 @@ def _blocks(
     epoch = start.epoch
     for block in blocks:
         begin = block.begin or start
-        if begin.epoch > 0 and epoch == 0:
+        if warns and begin.epoch > 0 and epoch == 0:
             _log.warning(
                 "%s has about %s training tokens, fewer than the %s asked for: it is read again",
                 corpus.name,
@@ -140,10 +206,14 @@ def _refuse_short(config: TrainConfig, model: LanguageModel, corpus: Corpus) -> 
 
 
 def _stored_rows(
-    config: TrainConfig, given: LanguageModel | None, on_progress: Report, resume: RingPosition | None
+    config: TrainConfig,
+    given: LanguageModel | None,
+    on_progress: Report,
+    ranks: Ranks,
+    resume: RingPosition | None,
 ) -> Rows:
     store = open_store(config.store)
-    device = pick_device(config.device)
+    device = device_of(config, ranks)
     layers = 1 + max(map(layer_of, store.sites))
     wanted = set(expand_sites(config.sites, config.layers, layers))
     sites = [site for site in store.sites if site in wanted]
@@ -154,26 +224,23 @@ def _stored_rows(
             "choose from these",
         )
     tokens = min(store.rows, config.tokens)
-    widths = {site: store.widths[site] for site in sites}
-    fixed = sum(fixed_costs(config, None, widths, store.dtype, on_gpu=device.type != "cpu").values())
+    owned = divide({site: store.widths[site] for site in sites}, store.dtype, ranks.world)
+    own = list(owned.sites(ranks.rank))
     manifest = json.dumps(store.manifest, sort_keys=True).encode()
+
+    def source(start: Cursor) -> Iterator[RowBatch]:
+        # each rank reads the bytes of its own sites: nothing need be traded
+        return _first(tokens, store.iter_rows(own, start=start.kept))
+
     return Rows(
-        ring=ShuffleRing(
-            lambda start: _first(tokens, store.iter_rows(sites, start=start.kept)),
-            widths,
-            dtype=store.dtype,
-            rows=plan_ring_rows(config, widths, store.dtype, fixed),
-            batch=config.batch,
-            passes=config.passes,
-            seed=config.seed,
-            device=device,
-            resume=resume,
-        ),
+        ring=_ring(config, source, owned, None, ranks, device, resume),
+        owned=owned,
         total=tokens * config.passes,
         model=store.manifest["model"],
         device=device,
         dtype=store.dtype,
         identity={"store rows": store.rows, "store manifest": hashlib.sha256(manifest).hexdigest()},
+        spent=Spent(),
     )
 
 

@@ -21,7 +21,7 @@ from sae.files import append_whole, disk_errors, make_folder, read_json, write_j
 
 _log = logging.getLogger(__name__)
 
-RUN, METRICS, EVAL, LOCK = "run.json", "metrics.jsonl", "eval.json", ".lock"
+RUN, METRICS, RANKS, EVAL, LOCK = "run.json", "metrics.jsonl", "ranks.jsonl", "eval.json", ".lock"
 FORMAT = 1
 _VERSIONS = ("jumpscope", "torch", "transformers", "transformer-lens")
 
@@ -47,7 +47,7 @@ class RunFolder:
             "sites": list(sites),
             "device": device,
             "state": "running",
-            "git_commit": _git_commit(),
+            "git_commit": git_commit(),
             "versions": versions(),
         }
         run = cls(path, record)
@@ -115,6 +115,10 @@ class RunFolder:
         """Appends lines to metrics.jsonl: all of them, or none when the disk refuses."""
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         append_whole(self.path / METRICS, text.encode())
+
+    def log_ranks(self, line: dict[str, Any]) -> None:
+        """Appends a line to ranks.jsonl: where the ranks of a run under torchrun spent their time."""
+        append_whole(self.path / RANKS, (json.dumps(line, allow_nan=False) + "\n").encode())
 
     def sync_metrics(self) -> int:
         """Makes metrics.jsonl last as it stands; returns its bytes."""
@@ -229,7 +233,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of the code that runs; None where that is not known."""
     here = Path(__file__).resolve().parent
     try:
         answer = subprocess.run(
