@@ -59,7 +59,8 @@ verb.run = run
 sys.modules["train.cli.train"] = verb
 sys.exit(command.main(["train", *sys.argv[1:]]))
 """
-HANG = 3.0
+# a machine that is busy with other things is no sign of a rank that hangs
+HANG = 6.0
 
 
 def started(processes):
@@ -104,7 +105,7 @@ def test_when_rank_0_freezes_another_speaks_and_it_ends_when_it_wakes():
     assert codes == [75, 75]
     assert lines[0] == ""
     assert re.fullmatch(
-        r"jumpscope: .*rank 0 on \S+ gave no sign of life for 3 s: frozen, or cut off\..*\n", lines[1]
+        r"jumpscope: .*rank 0 on \S+ gave no sign of life for 6 s: frozen, or cut off\..*\n", lines[1]
     )
 
 
@@ -113,7 +114,7 @@ def test_when_rank_0_freezes_another_speaks_and_it_ends_when_it_wakes():
     [
         ("user", [2, 2], r"Rank 1 on \S+: the file must be there\. Found: no file\. Write it\."),
         ("bug", [75, 1], r".* rank 1 on \S+ failed: ZeroDivisionError: a mistake\..*"),
-        ("stuck", [75, 75], r".* rank 1 on \S+ made no step for 3 s\. It was last seen working, after .*"),
+        ("stuck", [75, 75], r".* rank 1 on \S+ made no step for 6 s\. It was last seen working, after .*"),
         ("differ", [2, 2], r".*width is 16 on rank 0 \(\S+\), 17 on rank 1 \(\S+\)\. Start all ranks.*"),
     ],
 )
@@ -149,7 +150,11 @@ def test_the_launcher_starts_again_and_gives_the_code_of_the_rank_that_was_lost(
     flags = ["--distributed", "--nproc-per-node", "2", "--max-restarts", "1", "train", "killed"]
     ended = subprocess.run(
         [sys.executable, "-c", code, *flags],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "JUMPSCOPE_HANG_SECONDS": "3"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
+            "JUMPSCOPE_HANG_SECONDS": str(HANG),
+        },
         capture_output=True,
         text=True,
         timeout=120,
