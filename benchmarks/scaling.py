@@ -22,6 +22,7 @@ What is predicted for 8, 64 and 512 ranks, each with the cores and the link of `
 import argparse
 import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -37,7 +38,7 @@ import numpy as np
 import psutil
 import torch
 
-from activations.blocks import Cursor, iter_blocks
+from activations.blocks import iter_blocks
 from activations.corpora import load_corpus
 from activations.harvest import RowBatch, harvest_rows
 from activations.models import LanguageModel, load_model
@@ -152,13 +153,17 @@ def simulate(
     if world == 1:
         # harvest and training take turns in one thread
         return ROUNDS * setting.batch_rows / work
-    depth = max(1, round(setting.ahead_rows / (world * setting.batch_rows)))
-    met, trained, history = 0.0, np.zeros(world), [np.zeros(world)] * depth
+    # what is in store, and as much again that the ring has taken in and trains on
+    ahead = 2 * setting.ahead_rows / (world * setting.batch_rows)
+    met, ends = 0.0, [np.zeros(world)]
     for number in range(ROUNDS):
-        ready = np.maximum(met, history[number]) + model[number]
-        met = float(ready.max()) + swap
-        trained = np.maximum(trained, met) + train[number]
-        history.append(trained)
+        # the next round begins once so many rounds, the last of them in part, are trained on
+        wanted = max(0.0, number - ahead)
+        last = math.ceil(wanted)
+        room = ends[last] - (last - wanted) * train[last - 1] if last else ends[0]
+        met = float((np.maximum(met, room) + model[number]).max()) + swap
+        ends.append(np.maximum(ends[-1], met) + train[number])
+    trained = ends[-1]
     seconds = max(float(trained.max()), work / cores)
     return ROUNDS * world * setting.batch_rows / seconds
 
@@ -248,7 +253,7 @@ def measure_steps(
 ) -> list[float]:
     """Seconds of a step of one site, over whole generations of a ring that is filled from memory."""
     kernel = make_kernel(choose_kernel(model.device))
-    batch = RowBatch({site: rows.rows[site] for site in sites}, rows.map, Cursor())
+    batch = RowBatch({site: rows.rows[site] for site in sites}, rows.map)
     ring = ShuffleRing(
         lambda _: itertools.repeat(batch),
         {site: model.site_width(site) for site in sites},
