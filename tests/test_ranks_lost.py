@@ -157,7 +157,7 @@ def test_the_launcher_starts_again_and_gives_the_code_of_the_rank_that_was_lost(
         },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     lines = re.sub(r"<\d+ \d+>", "", ended.stderr).splitlines()
     assert (ended.returncode, ended.stdout) == (75, "a table\n" * 2), ended.stderr
