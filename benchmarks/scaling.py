@@ -8,7 +8,8 @@ far as the ring takes in. Samples are drawn from the measured ones, so straggler
 fewer cores than the ranks' threads need cannot be faster than the sum of all work over its cores.
 
 `--check 2,4` runs real training on so many processes of this machine and says how far off the prediction was.
-Without it, only predictions. The last line is JSON.
+Without it, only predictions. Where other programs run the clock says little: `work_off` compares processor
+time for a token instead, which is what bounds ranks that outnumber the cores. The last line is JSON.
 
 What is predicted for 8, 64 and 512 ranks, each with the cores and the link of `--cores-per-rank` and
 `--bandwidth`:
@@ -54,6 +55,7 @@ from train.trainer import train_run
 PERIODS = 4
 """Generations of the ring over which a real run is timed, once its stock is full."""
 ROUNDS = 60
+_FEW = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,14 +188,19 @@ def predictions(times: Times, setting: Setting, options: argparse.Namespace) -> 
     return found
 
 
-def timed(work: Callable[[], object], rounds: int, warm: int = 1) -> list[float]:
-    found = []
-    for turn in range(warm + rounds):
-        start = time.perf_counter()
-        work()
-        if turn >= warm:
-            found.append(time.perf_counter() - start)
-    return found
+def now() -> np.ndarray:
+    """The clock, and the processor time that this process has taken."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def timed(work: Callable[[], object], rounds: int, warm: int = 1) -> np.ndarray:
+    """Seconds of each turn, by the clock and of the processor."""
+    ends = []
+    for turn in range(warm + rounds + 1):
+        ends.append(now())
+        if turn < warm + rounds:
+            work()
+    return np.diff(ends[warm:], axis=0)
 
 
 def measure_pieces(ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
@@ -226,22 +233,23 @@ def measure_pieces(ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
     parts = [torch.zeros(n_bytes // ranks.world, dtype=torch.uint8)] * ranks.world
     swaps = timed(lambda: ranks.swap([part[:16] for part in parts]), 50)
     ranks.share("the steps", None)
-    before = time.process_time()
-    timed(lambda: ranks.swap(parts), 20, warm=0)
-    sent = 20 * n_bytes * max(1, ranks.world - 1) / ranks.world
-    swap_byte = (time.process_time() - before) / sent
+    sent = n_bytes * max(1, ranks.world - 1) / ranks.world
+    swap_byte = float(timed(lambda: ranks.swap(parts), 20)[:, 1].mean()) / sent
     shares = timed(lambda: ranks.share("nothing", None), 50)
     return {
-        "times": asdict(
-            Times(
-                model=passes,
-                step=steps,
-                text=text,
-                swap=statistics.median(swaps),
-                swap_byte=swap_byte,
-                share=statistics.median(shares) / ranks.world,
+        "times": [
+            asdict(
+                Times(
+                    model=passes[:, clock].tolist(),
+                    step=steps[:, clock].tolist(),
+                    text=text,
+                    swap=float(np.median(swaps[:, clock])),
+                    swap_byte=swap_byte,
+                    share=float(np.median(shares[:, clock])) / ranks.world,
+                )
             )
-        ),
+            for clock in (0, 1)
+        ],
         "batch_rows": len(rows),
         "row_bytes": n_bytes / len(rows),
         "sites": len(sites),
@@ -250,8 +258,8 @@ def measure_pieces(ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
 
 def measure_steps(
     config: TrainConfig, model: LanguageModel, rows: RowBatch, sites: tuple[str, ...]
-) -> list[float]:
-    """Seconds of a step of one site, over whole generations of a ring that is filled from memory."""
+) -> np.ndarray:
+    """Seconds of a step of one site, by both clocks, over generations of a ring filled from memory."""
     kernel = make_kernel(choose_kernel(model.device))
     batch = RowBatch({site: rows.rows[site] for site in sites}, rows.map)
     ring = ShuffleRing(
@@ -275,20 +283,19 @@ def measure_steps(
         made = kernel.steps([trainer.job(served[site], 0.5) for site, trainer in trainers.items()])
         for trainer, figures in zip(trainers.values(), made, strict=True):
             trainer.take(figures)
-        ends.append(time.perf_counter())
+        ends.append(now())
         if number == full + 2 * period:
             break
-    found = [after - before for before, after in itertools.pairwise(ends[full - 1 :])]
-    return [seconds / len(sites) for seconds in found]
+    return np.diff(ends[full - 1 :], axis=0) / len(sites)
 
 
 def measure_run(ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of a real run on these ranks, over whole generations of its ring."""
+    """Tokens a second of a real run, and processor time a token, over whole generations of its ring."""
     config, ends = config_of(options), {}
 
     def report(what: str, done: int, total: int, detail: str) -> None:
         if what == "train":
-            ends[done // config.batch] = time.perf_counter()
+            ends[done // config.batch] = now()
 
     train_run(config, on_progress=report)
     if not ranks.first:
@@ -297,7 +304,9 @@ def measure_run(ranks: Ranks, options: argparse.Namespace) -> dict[str, Any]:
     begin = sum(turn * generation for turn in range(1, config.passes + 1))
     end = begin + PERIODS * generation * config.passes
     rows = PERIODS * generation * config.batch
-    return {"tokens_per_s": rows / (ends[end] - ends[begin])}
+    seconds, work = ends[end] - ends[begin]
+    # sites and batches are divided evenly, so this rank's work is everyone's
+    return {"tokens_per_s": rows / seconds, "work_us": 1e6 * work * ranks.world / rows}
 
 
 def start(part: str, world: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -331,7 +340,7 @@ def main() -> None:
         return
     cores = psutil.cpu_count(logical=True) or 1
     pieces = start("pieces", cores, options)
-    times = Times(**pieces["times"])
+    times, works = (Times(**measured) for measured in pieces["times"])
     setting = Setting(
         sites=pieces["sites"],
         batch=options.batch,
@@ -350,12 +359,17 @@ def main() -> None:
         "share_ms": round(1e3 * times.share, 2),
     }
     for world in map(int, filter(None, options.check.split(","))):
-        real = start("run", world, options)["tokens_per_s"]
+        real = start("run", world, options)
         predicted = simulate(times, setting, world, cores=cores)
+        # so few cores that nothing else counts
+        busy = 1e6 * _FEW / simulate(works, setting, world, cores=_FEW)
         found[f"check_{world}"] = {
-            "tokens_per_s": round(real, 1),
+            "tokens_per_s": round(real["tokens_per_s"], 1),
             "predicted": round(predicted, 1),
-            "off": round(predicted / real - 1, 3),
+            "off": round(predicted / real["tokens_per_s"] - 1, 3),
+            "work_us": round(real["work_us"], 1),
+            "work_predicted": round(busy, 1),
+            "work_off": round(busy / real["work_us"] - 1, 3),
         }
     found |= predictions(times, setting, options)
     print(json.dumps({"benchmark": "scaling", **found, **asdict(setting), "cores": cores}))
