@@ -53,7 +53,7 @@ from train.site_trainer import SiteTrainer
 from train.trainer import train_run
 
 PERIODS = 16
-"""Generations of the ring over which a real run is timed, once its stock is full: several rounds of four ranks,
+"""Generations of the ring over which a real run is timed, once its stock is full: some rounds of four ranks,
 for up to a round has been harvested before."""
 ROUNDS = 60
 _FEW = 1e-6
