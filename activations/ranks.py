@@ -134,7 +134,7 @@ class Ranks:
         if len(parts) != self.world:
             raise ValueError(f"there must be a part for each of {self.world} ranks, not {len(parts)}")
         sent = [part.contiguous().reshape(-1).view(torch.uint8) for part in parts]
-        if self.world == 1:
+        if self._connect is None:
             return sent
         device = sent[0].device
         lengths = torch.tensor([len(part) for part in sent])
@@ -155,7 +155,7 @@ class Ranks:
 
     def add(self, tensor: Shaped[Tensor, "..."], group: Group | None = None) -> None:
         """Replaces a contiguous tensor by its sum over the ranks, or over a group's; the same bits on all."""
-        if self.world == 1 or (group is not None and len(group.members) == 1):
+        if self._connect is None or (group is not None and len(group.members) == 1):
             return
         self._collect("a sum", lambda handle: dist.all_reduce(tensor, group=handle, async_op=True), group)
 

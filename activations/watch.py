@@ -40,9 +40,12 @@ _MUST = "every rank of a run must live to its end"
 _AGAIN = "start it again (train with --resume): it goes on from its newest checkpoint, or what else is whole"
 
 
-def loss_record(rank: int, host: str, by: int, must: str, found: str, do: str, code: int) -> dict[str, Any]:
-    """What is written down of a lost rank; `by` found it out. Code 0 is a stop that was asked for."""
-    return {"rank": rank, "host": host, "by": by, "must": must, "found": found, "do": do, "code": code}
+def loss_record(
+    rank: int, host: str, speaker: int, must: str, found: str, do: str, code: int
+) -> dict[str, Any]:
+    """What is written down of a lost rank; rank `speaker` tells the user. Code 0: a stop was asked for."""
+    parts = {"must": must, "found": found, "do": do}
+    return {"rank": rank, "host": host, "speaker": speaker, **parts, "code": code}
 
 
 class RankLost(UserError):
@@ -51,8 +54,7 @@ class RankLost(UserError):
     def __init__(self, loss: dict[str, Any]) -> None:
         super().__init__(loss["must"], loss["found"], loss["do"])
         self.rank, self.host, self.code = int(loss["rank"]), str(loss["host"]), int(loss["code"])
-        # rank 0 speaks for all; where it died, whoever found that out
-        self.speaker = int(loss["by"]) if self.rank == 0 else 0
+        self.speaker = int(loss["speaker"])
 
 
 def hang_seconds() -> float:
@@ -130,7 +132,9 @@ class Watch:
 
     def report(self, rank: int, must: str, found: str, do: str, code: int) -> dict[str, Any]:
         """Writes down, for all, that a rank is lost. The first report counts, and is returned."""
-        found_out = loss_record(rank, self.hosts[rank], self.rank, must, found, do, code)
+        # rank 0 speaks for all; where it is what was lost, whoever found that out
+        speaker = 0 if rank else self.rank
+        found_out = loss_record(rank, self.hosts[rank], speaker, must, found, do, code)
         with contextlib.suppress(dist.DistError):
             found_out = json.loads(self._store.compare_set(_RECORD, "", json.dumps(found_out)))
         self._lost = found_out
@@ -139,10 +143,10 @@ class Watch:
     def store_is_gone(self) -> None:
         """Takes down that the store does not answer."""
         # nobody can be told, so each machine says it once
-        by = self.rank if os.environ.get("LOCAL_RANK", "0") == "0" else 0
+        speaker = self.rank if os.environ.get("LOCAL_RANK", "0") == "0" else 0
         host = os.environ.get("MASTER_ADDR", self.hosts[0])
         found = f"the store at {host}, the first machine, does not answer any more"
-        self._lost = self._lost or loss_record(0, host, by, _MUST, found, _AGAIN, LOST)
+        self._lost = self._lost or loss_record(0, host, speaker, _MUST, found, _AGAIN, LOST)
 
     def tell(self, error: BaseException) -> None:
         """Tells the others why this rank ends. Raises the error that stands behind this one."""

@@ -1,12 +1,13 @@
 """Ranks: what real processes tell one another through the store and the process group."""
 
 import json
+import socket
 
 import pytest
 import torch
 from ranks_processes import Processes
 
-from activations.ranks import Ranks, alone, open_ranks
+from activations.ranks import RankLost, Ranks, alone, open_ranks
 from activations.watch import hang_seconds
 from sae.errors import UserError
 
@@ -118,6 +119,24 @@ def test_a_world_without_torchrun_is_refused(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match=r"WORLD_SIZE means several ranks.*Start the command with torchrun"):
         open_ranks().__enter__()
+
+
+@pytest.mark.parametrize(
+    ("rank", "must"), [(0, "rank 0 must be able to open a store"), (1, "rank 1 must be able to reach")]
+)
+def test_a_port_in_use_and_one_without_a_store_are_one_clear_error(monkeypatch, rank, must):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        if rank:
+            server.close()
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": port}
+        for name, value in (*place.items(), ("MASTER_ADDR", "127.0.0.1"), ("JUMPSCOPE_HANG_SECONDS", "2")):
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+        with pytest.raises(RankLost, match=f"{must}.*127.0.0.1:{port}.*Choose a free port") as refused:
+            open_ranks().__enter__()
+    # nobody else can say it
+    assert (refused.value.code, refused.value.speaker) == (2, rank)
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "inf", "nan"])

@@ -1,4 +1,4 @@
-"""What the ranks of a run do when one is killed, frozen, stuck, stopped or fails: processes and the real `main`."""
+"""What ranks do when one of them is killed, frozen, stuck, stopped or fails: real processes and `main`."""
 
 import os
 import re
@@ -9,7 +9,10 @@ import time
 
 import pytest
 from ranks_processes import ROOT, Processes
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
+from activations.watch import Watch
+from sae.errors import UserError
 from train.cli.main import main
 
 WAYS = """
@@ -36,8 +39,6 @@ def fail(ranks, way):
         raise UserError("the file must be there", "no file", "write it")
     if way == "bug":
         raise ZeroDivisionError("a mistake")
-    if way == "memory":
-        raise MemoryError("no room for 8 GiB")
     if way == "killed":
         os.kill(os.getpid(), 9)
     if way == "stuck":
@@ -58,7 +59,8 @@ verb.run = run
 sys.modules["train.cli.train"] = verb
 sys.exit(command.main(["train", *sys.argv[1:]]))
 """
-HANG = 3.0
+# a machine that is busy with other things is no sign of a rank that hangs
+HANG = 6.0
 
 
 def started(processes):
@@ -103,7 +105,7 @@ def test_when_rank_0_freezes_another_speaks_and_it_ends_when_it_wakes():
     assert codes == [75, 75]
     assert lines[0] == ""
     assert re.fullmatch(
-        r"jumpscope: .*rank 0 on \S+ gave no sign of life for 3 s: frozen, or cut off\..*\n", lines[1]
+        r"jumpscope: .*rank 0 on \S+ gave no sign of life for 6 s: frozen, or cut off\..*\n", lines[1]
     )
 
 
@@ -111,13 +113,8 @@ def test_when_rank_0_freezes_another_speaks_and_it_ends_when_it_wakes():
     ("way", "codes", "line"),
     [
         ("user", [2, 2], r"Rank 1 on \S+: the file must be there\. Found: no file\. Write it\."),
-        (
-            "memory",
-            [2, 2],
-            r"Rank 1 on \S+: the work of a rank must have the memory .*no room for 8 GiB.*--memory.*",
-        ),
         ("bug", [75, 1], r".* rank 1 on \S+ failed: ZeroDivisionError: a mistake\..*"),
-        ("stuck", [75, 75], r".* rank 1 on \S+ made no step for 3 s\. It was last seen working, after .*"),
+        ("stuck", [75, 75], r".* rank 1 on \S+ made no step for 6 s\. It was last seen working, after .*"),
         ("differ", [2, 2], r".*width is 16 on rank 0 \(\S+\), 17 on rank 1 \(\S+\)\. Start all ranks.*"),
     ],
 )
@@ -153,10 +150,14 @@ def test_the_launcher_starts_again_and_gives_the_code_of_the_rank_that_was_lost(
     flags = ["--distributed", "--nproc-per-node", "2", "--max-restarts", "1", "train", "killed"]
     ended = subprocess.run(
         [sys.executable, "-c", code, *flags],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}", "JUMPSCOPE_HANG_SECONDS": "3"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
+            "JUMPSCOPE_HANG_SECONDS": str(HANG),
+        },
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     lines = re.sub(r"<\d+ \d+>", "", ended.stderr).splitlines()
     assert (ended.returncode, ended.stdout) == (75, "a table\n" * 2), ended.stderr
@@ -170,3 +171,17 @@ def test_verbs_of_one_process_are_refused(monkeypatch, capfd):
         monkeypatch.setenv("RANK", str(rank))
         assert main(["view", "runs/none"]) == 2
         assert capfd.readouterr().err.partition(",")[0] == said
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no room"), RuntimeError("DefaultCPUAllocator: can't allocate memory: no room")]
+)
+def test_a_rank_without_memory_says_what_to_do(error, monkeypatch):
+    # what would end this process
+    monkeypatch.setattr("atexit.register", lambda *call: None)
+    store = HashStore()
+    watch = Watch(store, 1, 2, 45.0, False)
+    with pytest.raises(UserError, match=r"memory .* no room\. Allow less with --memory"):
+        watch.tell(error)
+    other = Watch(store, 0, 2, 45.0, False)
+    assert (other.look()["rank"], other.look()["code"]) == (1, 2)

@@ -9,12 +9,15 @@ import os
 import signal
 import sys
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as torchrun
 
 from activations.watch import LOST, USAGE
+from sae.errors import UserError
 
 # -P: a file train.py in the user's folder is not ours
 _RANK = ("-P", "-c", "import sys; from train.cli.main import main; sys.exit(main())")
@@ -25,6 +28,7 @@ def run(words: list[str]) -> int:
     """Starts the ranks, waits for them, and returns 0 or the exit code of the one that failed first.
 
     `words` are torchrun's flags, the verb, and the verb's flags. A rank that a signal killed counts as lost.
+    Raises UserError when machines cannot meet.
     """
     args = parse_args(words)
     args.training_script_args = [*_RANK, args.training_script, *args.training_script_args]
@@ -40,4 +44,11 @@ def run(words: list[str]) -> int:
         return code if code in _OURS else LOST
     except SignalException as stopped:
         return 128 + stopped.sigval
+    except (DistError, RendezvousError) as error:
+        where = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
+        raise UserError(
+            f"the machines of a run must be able to meet at {where}",
+            str(error).partition("\n")[0],
+            "choose a free port there (--rdzv-endpoint HOST:PORT) that all can reach",
+        ) from error
     return 0
