@@ -43,67 +43,63 @@ def next_token_losses(
 ) -> tuple[Float[Tensor, "variant row"], Float[Tensor, "variant row"]]:
     """Cross-entropy of the next token and KL(clean || variant) in nats, fp32; variant 0 is the clean run.
 
-    `finals` are hidden states after the final norm. Logits are computed in the model's dtype, some rows
-    and `vocab_chunk` tokens at a time, and summed in fp32: they are never held all together.
-    With a `vocabulary` of `loss_vocabulary` most of them are computed in 8-bit integers instead. A variant's
-    losses are the same, to the bit, whichever others there are.
+    `finals` are hidden states after the final norm. Logits are computed in the model's dtype, some rows of
+    all variants and `vocab_chunk` tokens at a time, and summed in fp32: they are never held all together.
+    With a `vocabulary` of `loss_vocabulary` most of them are computed in 8-bit integers instead.
     """
     n_variants, n_rows, _ = finals.shape
     hidden = finals.to(device=model.device, dtype=model.dtype)
     targets = targets.to(model.device).long()
     if vocabulary is not None:
         return _int8_losses(model, vocabulary, hidden, targets)
-    rows, columns = _tile(model, vocab_chunk)
-    ce = torch.empty(n_variants, n_rows, device=model.device)
+    rows, columns = _tile(n_variants, model, vocab_chunk)
+    hidden = hidden.transpose(0, 1)
+    ce = torch.empty(n_rows, n_variants, device=model.device)
     kl = torch.empty_like(ce)
     for start in range(0, n_rows, rows):
         part = slice(start, start + rows)
-        ce[:, part], kl[:, part] = _tile_losses(model, hidden[:, part], targets[part], columns)
-    return ce, kl
+        ce[part], kl[part] = _tile_losses(model, hidden[part], targets[part], columns)
+    return ce.T, kl.T
 
 
-def _tile(model: LanguageModel, vocab_chunk: int | None) -> tuple[int, int]:
+def _tile(n_variants: int, model: LanguageModel, vocab_chunk: int | None) -> tuple[int, int]:
     # small enough for a processor's caches, large enough to keep the matrix product busy
-    rows, columns = (128, 4096) if model.device.type == "cpu" else (1024, 16_384)
-    return rows, min(vocab_chunk or columns, model.d_vocab)
+    rows_of_all, columns = (512, 4096) if model.device.type == "cpu" else (4096, 16_384)
+    return max(1, rows_of_all // n_variants), min(vocab_chunk or columns, model.d_vocab)
 
 
 def _tile_losses(
     model: LanguageModel,
-    hidden: Float[Tensor, "variant row d_model"],
+    hidden: Float[Tensor, "row variant d_model"],
     targets: Int[Tensor, " row"],
     columns: int,
-) -> tuple[Float[Tensor, "variant row"], Float[Tensor, "variant row"]]:
-    n_variants, n_rows, _ = hidden.shape
+) -> tuple[Float[Tensor, "row variant"], Float[Tensor, "row variant"]]:
+    n_rows, n_variants, d_model = hidden.shape
+    flat = hidden.reshape(-1, d_model)
     unembedding, bias = model.W_U.T, model.b_U
-    top = torch.full((n_variants, n_rows), -torch.inf, device=hidden.device)
+    top = torch.full((n_rows, n_variants), -torch.inf, device=hidden.device)
     total = torch.zeros_like(top)  # sum of exp(logit - top)
     mean = torch.zeros_like(top)  # sum of exp(clean logit - clean top) times the variant's logit
     wanted = torch.zeros_like(top)
-    clean = shrunk = torch.empty(0)
     for start in range(0, model.d_vocab, columns):
         stop = min(start + columns, model.d_vocab)
+        raw = torch.nn.functional.linear(
+            flat, unembedding[start:stop], None if bias is None else bias[start:stop]
+        )
+        logits = model.cap_logits(raw.float()).view(n_rows, n_variants, -1)
         here = (targets >= start) & (targets < stop)
-        index = (targets - start).clamp(0, stop - start - 1)[:, None]
-        # one variant at a time: not a bit of its losses depends on how many there are
-        for v in range(n_variants):
-            raw = torch.nn.functional.linear(
-                hidden[v], unembedding[start:stop], None if bias is None else bias[start:stop]
-            )
-            logits = model.cap_logits(raw.float())
-            wanted[v] = torch.where(here, logits.gather(1, index)[:, 0], wanted[v])
-            higher = torch.maximum(top[v], logits.amax(1))
-            shrink = torch.exp(top[v] - higher)
-            if v == 0:
-                clean, shrunk = torch.exp2((logits - higher[:, None]) * _LOG2_E), shrink
-            mean[v] = mean[v] * shrunk + torch.bmm(clean[:, None], logits[..., None])[:, 0, 0]
-            # exp2 since torch's exp takes thirty times as long where it underflows, as it mostly does here
-            shares = logits.sub_(higher[:, None]).mul_(_LOG2_E).exp2_()
-            total[v] = total[v] * shrink + shares.sum(1)
-            top[v] = higher
+        index = (targets - start).clamp(0, stop - start - 1)[:, None, None].expand(-1, n_variants, 1)
+        wanted = torch.where(here[:, None], logits.gather(2, index)[..., 0], wanted)
+        higher = torch.maximum(top, logits.amax(-1))
+        shrink = torch.exp(top - higher)
+        weights = torch.exp2((logits[:, 0] - higher[:, :1]) * _LOG2_E)
+        mean = mean * shrink[:, :1] + torch.bmm(weights[:, None], logits.transpose(1, 2))[:, 0]
+        # exp2 since torch's exp takes thirty times as long where it underflows, as most of a vocabulary does
+        total = total * shrink + logits.sub_(higher[..., None]).mul_(_LOG2_E).exp2_().sum(-1)
+        top = higher
     log_total = top + total.log()
-    mean = mean / total[0]
-    return log_total - wanted, (mean[0] - log_total[0]) - (mean - log_total)
+    mean = mean / total[:, :1]
+    return log_total - wanted, (mean[:, :1] - log_total[:, :1]) - (mean - log_total)
 
 
 def _logit_scale(model: LanguageModel) -> float | None:
@@ -173,14 +169,7 @@ def _log_sums(
             add_tile(products.numpy(), size, column_size, shift, first, *sums, room)
 
     parts = list(itertools.product(range(n_variants), range(0, n_rows, _INT8_ROWS)))
-    # a product for each, whose bits then do not depend on how many variants there are
-    offset = torch.cat(
-        [
-            torch.stack([wide @ c for c in centre])
-            for wide in map(Tensor.float, unembedding.split(_INT8_COLUMNS))
-        ],
-        1,
-    )
+    offset = torch.cat([centre @ part.float().T for part in unembedding.split(_INT8_COLUMNS)], 1)
     offset = (offset if bias is None else offset + bias) * scale
     workers_for(torch.get_num_threads()).run(add, parts)
     exact = torch.stack(

@@ -68,9 +68,7 @@ def facts_of(widths: dict[str, int], model: str, dtype: str = "bfloat16") -> Sto
     )
 
 
-def random_rows(
-    widths: dict[str, int], rows: int, batch: int = 2048
-) -> Callable[[Cursor], Iterator[RowBatch]]:
+def random_rows(widths: dict[str, int], rows: int, batch: int = 2048) -> Callable[..., Iterator[RowBatch]]:
     """A source that costs next to nothing: the same random rows again and again."""
     generator = torch.Generator().manual_seed(0)
     same = {site: torch.randn(batch, width, generator=generator).bfloat16() for site, width in widths.items()}

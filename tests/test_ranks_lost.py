@@ -1,4 +1,4 @@
-"""What ranks do when one of them is killed, frozen, stuck, stopped or fails: real processes and `main`."""
+"""What the ranks of a run do when one is killed, frozen, stuck, stopped, or fails: processes, real ones."""
 
 import os
 import re
