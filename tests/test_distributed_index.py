@@ -124,7 +124,7 @@ def test_an_index_that_was_cut_off_goes_on_and_with_other_ranks_begins_anew(
 
 
 def same_metrics(a, b):
-    """Losses to rounding, since their products are of other sizes where sites are elsewhere; the rest equal."""
+    """Losses to rounding, for their products have other sizes where sites are elsewhere; the rest equal."""
     a, b = json.loads(a.read_text()), json.loads(b.read_text())
     assert a.keys() == b.keys()
     for site, metrics in a.items():
