@@ -133,13 +133,13 @@ def settled(tab):
         assert tab.evaluate(f"{place}.scrollWidth") <= width, tab.url
 
 
-def pressed_until(tab, key, sign):
-    """Presses a key, as a person would again where nothing came of it, until something shows.
+def tried_until(do, sign):
+    """Does something, and again where nothing came of it, as a person would, until a sign of it shows.
 
-    Streamlit binds a button's key anew whenever it draws the button: on a busy machine one can fall between.
+    A key or a click that falls between two drawings of what it is for is lost on a busy machine.
     """
     for _ in range(10):
-        tab.keyboard.press(key)
+        do()
         with contextlib.suppress(NotThere):
             sign.wait_for(timeout=6_000)
             return

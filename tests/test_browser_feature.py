@@ -1,7 +1,7 @@
 """The feature and features pages in a real browser: keys, the label dialog, values, copying, search."""
 
 import pytest
-from browser_fakes import NEEDS_BROWSER, chromium, served, settled, watched
+from browser_fakes import NEEDS_BROWSER, chromium, served, settled, tried_until, watched
 from viewer_fakes import SITES, fake_run
 
 import viewer
@@ -48,7 +48,7 @@ def test_a_label_is_written_by_keyboard_alone(tab, folder):
     heading(tab, "0 resid_post · 5")
     settled(tab)
     box = tab.get_by_role("dialog").get_by_label("Label", exact=True)
-    pressed_until(tab, "e", box)
+    tried_until(lambda: tab.keyboard.press("e"), box)
     box.fill("")
     # d and the arrows are the page's keys, but not in a box
     tab.keyboard.type("dead leaves")
@@ -83,8 +83,8 @@ def test_the_link_to_copy_is_copied(tab, address):
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     tab.goto(f"/feature?site={SITES[0]}&latent=5")
     link = tab.get_by_role("link", name="Copy link")
-    link.click()
-    tab.get_by_role("link", name="Copied").wait_for()
+    settled(tab)
+    tried_until(link.click, tab.get_by_role("link", name="Copied"))
     copied = tab.evaluate("navigator.clipboard.readText()")
     assert copied == f"{address}/feature?run=mine&site={SITES[0]}&latent=5"
     link.wait_for()

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 
 import pytest
 from cli_fakes import SMALL, command, make_inputs, refused
@@ -34,15 +33,13 @@ def test_help_names_every_verb_with_an_example(capfd):
         assert f"$ jumpscope {verb}" in out
 
 
-def test_help_answers_in_half_a_second():
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        process = command("--help")
-        process.communicate()
-        seconds.append(time.perf_counter() - start)
-    assert process.returncode == 0
-    assert sorted(seconds)[0] < 0.5
+def test_help_waits_for_nothing_heavy():
+    code = (
+        "import sys; from train.cli.main import main; main(['--help']); "
+        "sys.exit(' '.join({'torch', 'numpy', 'pandas', 'tyro', 'rich', 'sae'} & {*sys.modules}))"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stderr == "" and "usage: jumpscope" in process.stdout
 
 
 @pytest.mark.parametrize("verb", VERBS)
