@@ -1,6 +1,8 @@
 """The command line from outside: what each verb prints and leaves on disk."""
 
 import json
+import subprocess
+import sys
 import threading
 
 import pytest
