@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from activations.ranks import RankLost, Ranks
+from activations.watch import LOST, loss_record
 
 
 class Hub:
@@ -35,8 +36,8 @@ class Hub:
 
     def fail(self, rank: int, found: str) -> None:
         with self._changed:
-            known = {"must": "every rank must go on", "found": f"rank {rank}: {found}", "do": "run it again"}
-            self.lost = self.lost or {**known, "rank": rank, "host": "here", "code": 75}
+            must, again = "every rank must go on", "run it again"
+            self.lost = self.lost or loss_record(rank, "here", 0, must, f"rank {rank}: {found}", again, LOST)
             self._changed.notify_all()
 
 
