@@ -57,7 +57,9 @@ class ThreadRanks(Ranks):
     def swap(self, parts):
         assert len(parts) == self.world
         sent = [part.contiguous().reshape(-1).view(torch.uint8).clone() for part in parts]
-        return [theirs[1][self.rank] for theirs in self._meet(["rows", sent])]
+        mine = [theirs[1][self.rank] for theirs in self._meet(["rows", sent])]
+        # one behind another in one piece of memory, as a wire leaves them
+        return list(torch.cat(mine).split([len(part) for part in mine]))
 
     def lane(self) -> "ThreadRanks":
         self._made += 1
@@ -68,7 +70,7 @@ class ThreadRanks(Ranks):
         return self._hub.meet(self._lane, self._calls, self.rank, value)
 
 
-def together(world: int, work: Callable[[Ranks], Any]) -> list[Any]:
+def on_ranks(world: int, work: Callable[[Ranks], Any]) -> list[Any]:
     """Runs ``work(ranks)`` on a thread for each rank; what each returned, or the exception it raised."""
     hub = Hub(world)
 

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 
 import pytest
-from fake_ranks import together
+from fake_ranks import on_ranks
 from hypothesis import given
 from hypothesis import strategies as some
 from store_rows import FACTS, all_rows, assert_same, files, whole, write
@@ -39,7 +39,7 @@ def source(n=100, size=17, made=None, fail_at=None):
 def write_by(world, folder, rows=400, facts=SMALL, **options):
     """What each of `world` ranks gets from writing a store together."""
     given = {"source": source(rows), "wanted_rows": rows} | options
-    return together(world, lambda ranks: write(folder, rows, facts, ranks=ranks, **given))
+    return on_ranks(world, lambda ranks: write(folder, rows, facts, ranks=ranks, **given))
 
 
 @given(
@@ -125,7 +125,7 @@ def test_one_rank_that_fails_stops_all_and_the_manifest_lists_whole_shards(tmp_p
         at = 250 if ranks.rank == 1 else None
         return write(tmp_path / "s", 400, SMALL, source=source(400, fail_at=at), wanted_rows=400, ranks=ranks)
 
-    failed = together(2, work)
+    failed = on_ranks(2, work)
     assert "it does not" in str(failed[1]) and isinstance(failed[0], RankLost), failed
     assert open_store(tmp_path / "s").verify() == {}
     write(tmp_path / "one", 400, SMALL)
@@ -138,9 +138,9 @@ def test_ranks_with_other_flags_or_places_are_refused(tmp_path):
         facts = dataclasses.replace(SMALL, **facts)
         return write(folder, 400, facts, source=source(400), wanted_rows=400, ranks=ranks)
 
-    found = together(2, lambda ranks: differ(ranks, tmp_path / "s", seed=ranks.rank))
+    found = on_ranks(2, lambda ranks: differ(ranks, tmp_path / "s", seed=ranks.rank))
     assert all("seed" in str(error) and "rank" in str(error) for error in found)
-    found = together(2, lambda ranks: differ(ranks, tmp_path / str(ranks.rank)))
+    found = on_ranks(2, lambda ranks: differ(ranks, tmp_path / str(ranks.rank)))
     assert all(isinstance(error, UserError) and "store" in str(error) for error in found)
     assert not list(tmp_path.iterdir())
 
@@ -154,7 +154,7 @@ def test_a_rank_that_sees_another_disk_is_refused(tmp_path, monkeypatch):
         monkeypatch.setattr(type(ranks), "agree", lambda *_: None)
         return write(url, 400, SMALL, source=source(400), wanted_rows=400, ranks=ranks)
 
-    found = together(2, work)
+    found = on_ranks(2, work)
     assert "every rank must reach the same store" in str(found[1])
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_fakes import SMALL, make_inputs
-from fake_ranks import together
+from fake_ranks import on_ranks
 from ranks_processes import Processes
 from store_rows import files
 from viewer_fakes import SITES, FakeModel, fake_blocks, fake_dictionary
@@ -97,7 +97,7 @@ def straight(tmp_path_factory):
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_write_the_index_of_one_and_each_runs_its_part_of_the_model(straight, tmp_path, world):
-    found = together(world, lambda ranks: build(ranks, tmp_path))
+    found = on_ranks(world, lambda ranks: build(ranks, tmp_path))
     assert [set(folders) for folders, _ in found] == [set(dictionaries())] * world
     assert contents(tmp_path) == straight
     # batches that keep nothing are not run
@@ -111,15 +111,15 @@ def test_an_index_that_was_cut_off_goes_on_and_with_other_ranks_begins_anew(
 ):
     monkeypatch.setattr("viewer.index.parts._PART_BYTES", 1)
     (tmp_path / "a").mkdir()
-    cut = together(2, lambda ranks: build(ranks, tmp_path / "a", fails_at))
+    cut = on_ranks(2, lambda ranks: build(ranks, tmp_path / "a", fails_at))
     assert isinstance(cut[1], KeyboardInterrupt)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     if torn := sorted((tmp_path / "a").glob("parts-0-of-2/part-*.safetensors"))[1:]:
         torn[-1].write_bytes(b"half")
-    again = together(2, lambda ranks: build(ranks, tmp_path / "a"))
+    again = on_ranks(2, lambda ranks: build(ranks, tmp_path / "a"))
     assert contents(tmp_path / "a") == straight
     assert sum(forwards for _, forwards in again) < 6 or fails_at == 1
-    together(3, lambda ranks: build(ranks, tmp_path / "b"))
+    on_ranks(3, lambda ranks: build(ranks, tmp_path / "b"))
     assert contents(tmp_path / "b") == straight
 
 

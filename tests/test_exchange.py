@@ -6,9 +6,9 @@ import time
 
 import pytest
 import torch
+from fake_ranks import on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_fakes import on_ranks
 
 from activations.blocks import Cursor, TokenBlocks
 from activations.exchange import (

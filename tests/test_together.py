@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from rank_fakes import on_ranks
+from fake_ranks import on_ranks
 
 from activations.exchange import RefusedByAll
 from activations.ranks import alone
