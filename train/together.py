@@ -79,10 +79,14 @@ class Stragglers:
 
     def __init__(self, loads: Sequence[float]) -> None:
         """`loads` is what each rank's steps cost, in any unit."""
-        self._loads, self._said = loads, False
+        self._loads, self._looked, self._said = loads, False, False
 
     def look(self, spent: Sequence[Mapping[str, float]]) -> None:
-        """`spent`: the seconds of each rank, by kind of work, over the same steps."""
+        """`spent`: the seconds of each rank, by kind of work, over the same steps. The first are not judged."""
+        # kernels are compiled then, by whoever finds none kept
+        if not self._looked:
+            self._looked = True
+            return
         loads = {"model": [1.0] * len(spent), "step": self._loads}
         for kind, words in (("model", "forward passes take"), ("step", "training steps take")):
             paces = {
