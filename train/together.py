@@ -82,7 +82,7 @@ class Stragglers:
         self._loads, self._looked, self._said = loads, False, False
 
     def look(self, spent: Sequence[Mapping[str, float]]) -> None:
-        """`spent`: seconds of each rank, by kind of work, over the same steps. The first ones are not judged."""
+        """`spent`: seconds of each rank, by kind of work, over the same steps. The first are not judged."""
         # kernels are compiled then, by whoever finds none kept
         if not self._looked:
             self._looked = True
