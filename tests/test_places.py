@@ -54,8 +54,8 @@ def test_harm_behind_a_url_is_named(url):
 
 
 def test_two_harvests_behind_a_url_the_later_one_wins(url):
-    def overtaken(start):
-        for batch in source()(start):
+    def overtaken(start, wanted):
+        for batch in source()(start, wanted):
             yield batch
             if batch.begin.kept == 34:
                 write(url, rows=100)
@@ -71,8 +71,8 @@ def test_a_driver_that_fails_is_one_error_and_the_harvest_goes_on(url, monkeypat
     def refused(*_, **__):
         raise RuntimeError("SlowDown: reduce your request rate")
 
-    def failing(start):
-        for batch in source()(start):
+    def failing(start, wanted):
+        for batch in source()(start, wanted):
             if batch.begin.kept == 85:
                 monkeypatch.setattr(MemoryFileSystem, "_open", refused)
             yield batch
