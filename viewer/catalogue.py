@@ -184,16 +184,16 @@ class Catalogue:
         names = [self.sites[n] for n in site]
         latents = page - self._starts[site]
         frame = pd.DataFrame({"site": names, "layer": [layer_of(name) for name in names], "latent": latents})
-        frame["label"], frame["label_source"] = "", ""
-        for name in set(names):
-            here = np.flatnonzero(frame["site"] == name)
-            wanted = frame["latent"].iloc[here].tolist()
-            labels, own = self._index.labels_of(name, wanted), self._index.annotations.labels(name)
-            source = [
-                "yours" if n in own else "automatic" if t else "" for n, t in zip(wanted, labels, strict=True)
+        label, source = np.full(len(page), "", object), np.full(len(page), "", object)
+        for n in np.unique(site).tolist():
+            name, here = self.sites[n], np.flatnonzero(site == n)
+            wanted = latents[here].tolist()
+            own = self._index.annotations.labels(name)
+            label[here] = texts = self._index.labels_of(name, wanted)
+            source[here] = [
+                "yours" if n in own else "automatic" if t else "" for n, t in zip(wanted, texts, strict=True)
             ]
-            frame.loc[here, "label"] = labels
-            frame.loc[here, "label_source"] = source
+        frame["label"], frame["label_source"] = label, source
         token = self._token[page]
         frame["token"] = np.where(token < 0, "", np.array(self._index.strings.of(token), dtype=object))
         for name, values in self._columns.items():

@@ -229,10 +229,13 @@ def _best(found: pd.DataFrame, index: IndexFolder, limit: int) -> pd.DataFrame:
     """The best `limit` rows, with layer and label. Ties keep the order of sites and latents."""
     best = found.sort_values("score", ascending=False, kind="stable").head(limit).reset_index(drop=True)
     best["layer"] = [layer_of(site) for site in best["site"]]
-    best["label"] = ""
-    for site in set(best["site"]) & set(index.sites()):
-        here = best["site"] == site
-        best.loc[here, "label"] = index.labels_of(site, best.loc[here, "latent"].tolist())
+    # filled as an array: a frame takes a millisecond for every site's part
+    sites, latents = best["site"].to_numpy(), best["latent"].to_numpy()
+    labels = np.full(len(best), "", object)
+    for site in set(sites) & set(index.sites()):
+        here = np.flatnonzero(sites == site)
+        labels[here] = index.labels_of(site, latents[here].tolist())
+    best["label"] = labels
     return best
 
 
