@@ -1,6 +1,7 @@
 """Starts the viewer's server."""
 
 import errno
+import importlib
 import ipaddress
 import socket
 import threading
@@ -57,17 +58,21 @@ def launch(
     """
     found = [find_place(path).home.resolve() for path in paths]
     _check_port(address, port)
+    imported = threading.Event()
+    threading.Thread(target=_warm, args=(found, imported), daemon=True).start()
     # Streamlit takes most of a second to import, and only a viewer needs it
     from streamlit.web import bootstrap
 
-    threading.Thread(target=_warm, args=(found,), daemon=True).start()
+    imported.set()
     flags = options(port=port, headless=headless, address=address)
     bootstrap.load_config_options(flags)
     bootstrap.run(str(APP), False, [str(path) for path in found], flags)
 
 
-def _warm(paths: Sequence[Path]) -> None:
-    # here and not before the server: it imports torch, which takes as long as the browser needs for its part
+def _warm(paths: Sequence[Path], imported: threading.Event) -> None:
+    # beside the server and the browser's own start, for it takes as long as both
+    importlib.import_module("torch")
+    imported.wait()
     from viewer.app import shell
 
     shell.warm(paths)
