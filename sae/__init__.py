@@ -1,9 +1,9 @@
 """Sparse dictionaries: what they are, how they are trained step by step, and the files they live in."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sae.errors import UserError
+from sae.lazy import attributes_of
 
 if TYPE_CHECKING:
     from sae.architectures import BatchTopK, Gated, JumpReLU, ReLU, TopK, build
@@ -31,13 +31,8 @@ _MODULES = {
     **dict.fromkeys(("load", "save"), "sae.formats"),
     "from_saelens": "sae.saelens_object",
 }
-
-
-def __getattr__(name: str) -> Any:
-    # torch takes seconds to import, and a mistake on the command line must not wait for it
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+# a mistake on the command line must not wait for torch
+__getattr__ = attributes_of(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:

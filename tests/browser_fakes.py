@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import pytest
 from playwright.sync_api import TimeoutError as NotThere
 from playwright.sync_api import sync_playwright
-from viewer_fakes import SITES
+from viewer_fakes import SITES, fake_run
 
 import viewer
 from viewer.app.shell import PAGES
@@ -115,6 +115,34 @@ def watched(browser, address, *, width=390, height=844):
         assert trouble == []
     finally:
         context.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser for the tests of a module that says `pytest_plugins = ["browser_fakes"]`."""
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The run folders that are served; a module may have others."""
+    root = tmp_path_factory.mktemp("runs")
+    return [fake_run(root / name).path for name in ("mine", "other")]
+
+
+@pytest.fixture(scope="module")
+def address(folders, tmp_path_factory):
+    """Where they are served."""
+    with served(folders, tmp_path_factory.mktemp("server")) as url:
+        yield url
+
+
+@pytest.fixture
+def tab(browser, address):
+    """A tab of a phone's size."""
+    with watched(browser, address) as tab:
+        yield tab
 
 
 def where(page, /, **query):

@@ -17,6 +17,8 @@ from activations.models import LanguageModel, load_model
 # machines that run tests are slow at times, and no test is about time
 hypothesis.settings.register_profile("jumpscope", deadline=None)
 hypothesis.settings.load_profile("jumpscope")
+# a module of fixtures, which tests also import from: pytest must see it first to explain its assertions
+pytest.register_assert_rewrite("browser_fakes")
 
 TEXTS = [
     "The capital of France is Paris, and the capital of Italy is Rome.",

@@ -1,30 +1,17 @@
 """What axe-core finds on every page in a real browser, and a walk through the header by keyboard."""
 
 import pytest
-from browser_fakes import NEEDS_BROWSER, chromium, served, settled, watched
-from viewer_fakes import SITES, fake_run
+from browser_fakes import NEEDS_BROWSER, settled, watched
+from viewer_fakes import SITES
 
 from viewer.app.shell import PAGES
 
+pytest_plugins = ["browser_fakes"]
 pytestmark = NEEDS_BROWSER
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    runs = tmp_path_factory.mktemp("runs")
-    folders = [fake_run(runs / name).path for name in ("one", "two")]
-    with served(folders, tmp_path_factory.mktemp("server")) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
 def drawn(tab, page):
-    tab.goto(f"/{PAGES[page]}?run=one")
+    tab.goto(f"/{PAGES[page]}?run=mine")
     tab.locator(f'nav a[aria-current="page"]:has-text("{page.capitalize()}")').wait_for()
     settled(tab)
 
@@ -54,14 +41,14 @@ def test_pages_and_runs_are_reached_by_keyboard(browser, address):
         shown = link.evaluate("a => [document.activeElement === a, getComputedStyle(a).outlineStyle]")
         assert shown == [True, "solid"]
         tab.keyboard.press("Enter")
-        tab.wait_for_url("**/features?run=one*")
-        tab.goto(f"/feature?run=one&site={SITES[1]}&latent=5")
-        tab.locator("summary", has_text="Run: one").focus()
+        tab.wait_for_url("**/features?run=mine*")
+        tab.goto(f"/feature?run=mine&site={SITES[1]}&latent=5")
+        tab.locator("summary", has_text="Run: mine").focus()
         tab.keyboard.press("Enter")
         tab.keyboard.press("Tab")
         tab.keyboard.press("Tab")
         tab.keyboard.press("Enter")
         # the same latent of the other run
-        tab.wait_for_url(f"**/feature?run=two&site={SITES[1]}&latent=5")
-        tab.locator("summary", has_text="Run: two").wait_for()
-        tab.wait_for_function("document.title === 'Feature · two · jumpscope'")
+        tab.wait_for_url(f"**/feature?run=other&site={SITES[1]}&latent=5")
+        tab.locator("summary", has_text="Run: other").wait_for()
+        tab.wait_for_function("document.title === 'Feature · other · jumpscope'")

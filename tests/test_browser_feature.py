@@ -1,11 +1,12 @@
 """The feature and features pages in a real browser: keys, the label dialog, values, copying, search."""
 
 import pytest
-from browser_fakes import NEEDS_BROWSER, chromium, served, settled, tried_until, watched
+from browser_fakes import NEEDS_BROWSER, settled, tried_until, watched
 from viewer_fakes import SITES, fake_run
 
 import viewer
 
+pytest_plugins = ["browser_fakes"]
 pytestmark = NEEDS_BROWSER
 
 
@@ -15,15 +16,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def address(folder, tmp_path_factory):
-    with served([folder], tmp_path_factory.mktemp("server")) as url:
-        yield url
+def folders(folder):
+    return [folder]
 
 
 @pytest.fixture

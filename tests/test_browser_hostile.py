@@ -1,44 +1,25 @@
 """The viewer in a real browser: nothing that it shows can execute."""
 
 import pytest
-from browser_fakes import NEEDS_BROWSER, chromium, served, settled, watched, where
-from viewer_fakes import SITES, fake_run
+from browser_fakes import NEEDS_BROWSER, settled, where
+from viewer_fakes import SITES
 
 import viewer
 from viewer.app.shell import PAGES
 
+pytest_plugins = ["browser_fakes"]
 pytestmark = NEEDS_BROWSER
 HOSTILE = '"><img src=x onerror=window.pwned=1><script>window.pwned=1</script>'
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    runs = [fake_run(root / name) for name in ("mine", "other")]
-    for run in runs:
+def folders(folders):
+    for folder in folders:
         for site in SITES:
             for latent in (1, 5, 6):
-                viewer.open(run.path).site(site)[latent].label = f"{HOSTILE} {latent}"
-                viewer.open(run.path).site(site)[latent].notes = HOSTILE
-    return [run.path for run in runs]
-
-
-@pytest.fixture(scope="module")
-def address(folders, tmp_path_factory):
-    with served(folders, tmp_path_factory.mktemp("server")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def tab(browser, address):
-    with watched(browser, address) as tab:
-        yield tab
+                viewer.open(folder).site(site)[latent].label = f"{HOSTILE} {latent}"
+                viewer.open(folder).site(site)[latent].notes = HOSTILE
+    return folders
 
 
 @pytest.mark.parametrize("page", PAGES)

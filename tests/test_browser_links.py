@@ -3,39 +3,15 @@
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
-from browser_fakes import NEEDS_BROWSER, chromium, served, settled, watched, where
+from browser_fakes import NEEDS_BROWSER, settled, where
 from playwright.sync_api import TimeoutError
-from viewer_fakes import SITES, fake_run
+from viewer_fakes import SITES
 
 import viewer
 from viewer.app.shell import PAGES
 
+pytest_plugins = ["browser_fakes"]
 pytestmark = NEEDS_BROWSER
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    runs = [fake_run(root / name) for name in ("mine", "other")]
-    return [run.path for run in runs]
-
-
-@pytest.fixture(scope="module")
-def address(folders, tmp_path_factory):
-    with served(folders, tmp_path_factory.mktemp("server")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def tab(browser, address):
-    with watched(browser, address) as tab:
-        yield tab
 
 
 def kind_of(link):
@@ -141,18 +117,14 @@ def test_a_walk_with_the_keyboard_alone(tab):
 
     tab.goto(where("overview"))
     settled(tab)
-    to("a[href^=compare]")
-    tab.keyboard.press("Enter")
-    assert at(tab, "compare?run=mine")
-    to("[role=slider], input[type=range]")
-    tab.keyboard.press("ArrowLeft")
-    assert at(tab, "compare?cosine=0.65")
-    to(".js-tabs a:last-child")
-    tab.keyboard.press("Enter")
-    assert at(tab, "compare?show=merged")
-    to(".js-head a[href^=features]")
-    tab.keyboard.press("Enter")
-    assert at(tab, "features?run=mine")
-    to("a[href^='feature?']")
-    tab.keyboard.press("Enter")
-    assert at(tab, "feature?run=mine")
+    walk = [
+        ("a[href^=compare]", "Enter", "compare?run=mine"),
+        ("[role=slider], input[type=range]", "ArrowLeft", "compare?cosine=0.65"),
+        (".js-tabs a:last-child", "Enter", "compare?show=merged"),
+        (".js-head a[href^=features]", "Enter", "features?run=mine"),
+        ("a[href^='feature?']", "Enter", "feature?run=mine"),
+    ]
+    for selector, key, target in walk:
+        to(selector)
+        tab.keyboard.press(key)
+        assert at(tab, target), (selector, tab.url)

@@ -1,32 +1,13 @@
 """The viewer in a real browser: addresses outlive a restart, and visitors do not see one another's."""
 
-import pytest
-from browser_fakes import NEEDS_BROWSER, chromium, free_port, served, settled, watched, where
-from viewer_fakes import SITES, fake_run
+from browser_fakes import NEEDS_BROWSER, free_port, served, settled, watched, where
+from viewer_fakes import SITES
 
 import viewer
 
+pytest_plugins = ["browser_fakes"]
 pytestmark = NEEDS_BROWSER
 SESSIONS = 5
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("runs")
-    runs = [fake_run(root / name) for name in ("mine", "other")]
-    return [run.path for run in runs]
-
-
-@pytest.fixture(scope="module")
-def address(folders, tmp_path_factory):
-    with served(folders, tmp_path_factory.mktemp("server")) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 def test_addresses_survive_a_restart(browser, folders, tmp_path):

@@ -3,8 +3,9 @@
 run = viewer.open("runs/demo");  run.layer(9)[123];  run.find(token=" Paris")
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sae.lazy import attributes_of
 
 if TYPE_CHECKING:
     from viewer.compare import Comparison
@@ -19,13 +20,8 @@ _MODULES = {
     "Run": "viewer.runs",
     "open": "viewer.runs",
 }
-
-
-def __getattr__(name: str) -> Any:
-    # the viewer's server starts while torch is still being imported
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+# the viewer's server starts while torch is still being imported
+__getattr__ = attributes_of(__name__, _MODULES)
 
 
 def __dir__() -> list[str]:
