@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from activations.ports import OTHER, who_answers
 from activations.torchrun import under_torchrun
 from activations.watch import HANG_SECONDS, USAGE, RankLost, Watch, hang_seconds, loss_record
 from sae.errors import UserError
@@ -290,8 +291,11 @@ def _join() -> tuple[Ranks, Watch]:
             f"{error} is not there, or is no number",
             "start the command with torchrun, or unset WORLD_SIZE",
         ) from error
-    hang, hosting = hang_seconds(), rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hang, of_agent = hang_seconds(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    hosting = rank == 0 and not of_agent
     try:
+        if not of_agent and not hosting and who_answers(host, port) == OTHER:
+            raise dist.DistError("another program answers there")
         timeout = timedelta(seconds=hang)
         attempt = (os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"))
         prefix = "/".join(("jumpscope", *attempt, str(next(_opened))))

@@ -4,6 +4,7 @@ torchrun itself does as well (`torchrun --no-python jumpscope train ...`), but i
 own and with code 1, whatever its ranks ended with.
 """
 
+import argparse
 import logging
 import os
 import signal
@@ -13,9 +14,12 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
-from torch.distributed.run import parse_args
+from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT
+from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+from torch.distributed.run import determine_local_world_size, parse_args, parse_min_max_nnodes
 from torch.distributed.run import run as torchrun
 
+from activations.ports import NOTHING, OTHER, who_answers
 from activations.watch import LOST, USAGE
 from sae.errors import UserError
 
@@ -31,6 +35,7 @@ def run(words: list[str]) -> int:
     Raises UserError when machines cannot meet.
     """
     args = parse_args(words)
+    where = _meeting_place(args)
     args.training_script_args = [*_RANK, args.training_script, *args.training_script_args]
     args.training_script, args.no_python = sys.executable, True
     # the ranks say in one line what went wrong
@@ -45,10 +50,36 @@ def run(words: list[str]) -> int:
     except SignalException as stopped:
         return 128 + stopped.sigval
     except (DistError, RendezvousError) as error:
-        where = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
-        raise UserError(
-            f"the machines of a run must be able to meet at {where}",
-            str(error).partition("\n")[0],
-            "choose a free port there (--rdzv-endpoint HOST:PORT) that all can reach",
-        ) from error
+        # torchrun's own words only point to what stands behind them
+        found = str(error.__cause__ or error).partition("\n")[0] or type(error).__name__
+        raise _no_meeting(where or "a port of this machine", found) from error
     return 0
+
+
+def _meeting_place(args: argparse.Namespace) -> str:
+    """Where the machines of a run meet, if that was said. Raises UserError where they never will."""
+    try:
+        determine_local_world_size(args.nproc_per_node)
+        machines = parse_min_max_nnodes(args.nnodes)[1]
+        if args.rdzv_backend == "static" and not args.rdzv_endpoint:
+            host, port = args.master_addr, args.master_port or (29500 if machines > 1 else 0)
+        else:
+            host, port = parse_rendezvous_endpoint(args.rdzv_endpoint, DEFAULT_PORT)
+    except (RuntimeError, ValueError) as error:
+        must = "--nproc-per-node must be a number, --nnodes one or MIN:MAX, --rdzv-endpoint HOST:PORT"
+        raise UserError(must, str(error), "put it right") from error
+    # a file system, or a server of another kind
+    elsewhere = args.rdzv_backend not in ("static", "c10d") or "store_type=file" in args.rdzv_conf
+    if args.standalone or elsewhere or not port:
+        return ""
+    answers = who_answers(host, port)
+    # the first of several machines may be there already
+    if answers == OTHER or (machines == 1 and answers != NOTHING):
+        raise _no_meeting(f"{host}:{port}", f"the port is in use: {answers} answers there")
+    return f"{host}:{port}"
+
+
+def _no_meeting(where: str, found: str) -> UserError:
+    flags = "--rdzv-endpoint HOST:PORT or --master-port PORT; one machine needs neither"
+    must = f"the machines of a run must be able to meet at {where}"
+    return UserError(must, found, f"choose a free port there that all can reach ({flags})")

@@ -106,6 +106,7 @@ def _dispatch(words: list[str]) -> int:
         sys.stdout.write(f"jumpscope {importlib.metadata.version('jumpscope')}\n")
         return 0
     if words[0] == "--distributed" and not under_torchrun():
+        _quiet_libraries()
         return importlib.import_module("train.cli.launch").run(words[1:])
     verb, rest = words[0], words[1:]
     if verb not in VERBS:
@@ -165,6 +166,8 @@ def _quiet_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "DATASETS_VERBOSITY": "error",
         "WANDB_SILENT": "true",
+        # stack traces of a lost connection, of which an error speaks anyway
+        "TORCH_CPP_LOG_LEVEL": "FATAL",
         "PYTHONWARNINGS": "ignore",
     }
     for name, value in quiet.items():
