@@ -37,7 +37,7 @@ _REASON = 3.0
 """Seconds that a stopped rank looks for the death behind it, and that a store's host waits for others."""
 _RECORD = "lost"
 _MUST = "every rank of a run must live to its end"
-_AGAIN = "start it again (train with --resume): it goes on from its newest checkpoint, or what else is whole"
+AGAIN = "start it again (train with --resume): it goes on from its newest checkpoint, or what else is whole"
 
 
 def loss_record(
@@ -146,7 +146,7 @@ class Watch:
         speaker = self.rank if os.environ.get("LOCAL_RANK", "0") == "0" else 0
         host = os.environ.get("MASTER_ADDR", self.hosts[0])
         found = f"the store at {host}, the first machine, does not answer any more"
-        self._lost = self._lost or loss_record(0, host, speaker, _MUST, found, _AGAIN, LOST)
+        self._lost = self._lost or loss_record(0, host, speaker, _MUST, found, AGAIN, LOST)
 
     def tell(self, error: BaseException) -> None:
         """Tells the others why this rank ends. Raises the error that stands behind this one."""
@@ -177,9 +177,12 @@ class Watch:
         # torchrun stops all its ranks when one has died, and that is then the reason
         until = time.monotonic() + _REASON
         loss = None
-        with contextlib.suppress(dist.DistError):
+        try:
             while (loss := self.look()) is None and time.monotonic() < until:
                 time.sleep(0.1)
+        except dist.DistError:
+            self.store_is_gone()
+            loss = self._lost
         if loss is not None and loss["code"]:
             self.tell(lost := RankLost(loss))
             raise lost from error
@@ -244,7 +247,7 @@ class Watch:
     def _end_of(self, rank: int, what: str, doing: str = "") -> dict[str, Any]:
         doing = doing or self._beat(rank).partition(" ")[2] or "starting"
         found = f"rank {rank} on {self.hosts[rank]} {what}. It was last seen {doing}"
-        return self.report(rank, _MUST, found, _AGAIN, LOST)
+        return self.report(rank, _MUST, found, AGAIN, LOST)
 
     @property
     def _seconds(self) -> str:

@@ -11,6 +11,22 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def verb_in_place(folder: Path, code: str) -> str:
+    """Puts `code`, which defines `run(words)`, in the place of `train` in ranks; the PYTHONPATH that does it.
+
+    For launchers: their ranks run the real command line, and the verb is changed as Python starts.
+    """
+    (folder / "verb.py").write_text(code)
+    (folder / "sitecustomize.py").write_text(
+        "import os, sys, types\n"
+        "def run(words):\n    import verb\n    return verb.run(words)\n"
+        "if 'RANK' in os.environ:\n"
+        "    sys.modules['train.cli.train'] = types.ModuleType('train.cli.train')\n"
+        "    sys.modules['train.cli.train'].run = run\n"
+    )
+    return f"{ROOT}{os.pathsep}{folder}"
+
+
 class Processes:
     """The ranks of one run of a piece of Python, on this machine."""
 

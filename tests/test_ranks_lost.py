@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from ranks_processes import ROOT, Processes
+from ranks_processes import Processes, verb_in_place
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
 from activations.watch import Watch
@@ -136,25 +136,13 @@ def test_a_signal_to_one_stops_all():
 
 
 def test_the_launcher_starts_again_and_gives_the_code_of_the_rank_that_was_lost(tmp_path):
-    # the launcher's ranks run the real command line; the verb is put in its place as Python starts
     verb = WAYS[WAYS.index("def loop") : WAYS.index("sys.modules[")]
-    (tmp_path / "verb.py").write_text(WAYS[: WAYS.index("import train.cli.main")] + verb)
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, sys, types\n"
-        "def run(words):\n    import verb\n    return verb.run(words)\n"
-        "if 'RANK' in os.environ:\n"
-        "    sys.modules['train.cli.train'] = types.ModuleType('train.cli.train')\n"
-        "    sys.modules['train.cli.train'].run = run\n"
-    )
+    path = verb_in_place(tmp_path, WAYS[: WAYS.index("import train.cli.main")] + verb)
     code = "import sys; from train.cli.main import main; sys.exit(main())"
     flags = ["--distributed", "--nproc-per-node", "2", "--max-restarts", "1", "train", "killed"]
     ended = subprocess.run(
         [sys.executable, "-c", code, *flags],
-        env={
-            **os.environ,
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}",
-            "JUMPSCOPE_HANG_SECONDS": str(HANG),
-        },
+        env={**os.environ, "PYTHONPATH": path, "JUMPSCOPE_HANG_SECONDS": str(HANG)},
         capture_output=True,
         text=True,
         timeout=300,

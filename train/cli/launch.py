@@ -5,10 +5,13 @@ own and with code 1, whatever its ranks ended with.
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -20,7 +23,7 @@ from torch.distributed.run import determine_local_world_size, parse_args, parse_
 from torch.distributed.run import run as torchrun
 
 from activations.ports import NOTHING, OTHER, who_answers
-from activations.watch import LOST, USAGE
+from activations.watch import AGAIN, LOST, USAGE, RankLost, loss_record
 from sae.errors import UserError
 
 # -P: a file train.py in the user's folder is not ours
@@ -32,18 +35,21 @@ def run(words: list[str]) -> int:
     """Starts the ranks, waits for them, and returns 0 or the exit code of the one that failed first.
 
     `words` are torchrun's flags, the verb, and the verb's flags. A rank that a signal killed counts as lost.
-    Raises UserError when machines cannot meet.
+    Raises UserError when machines cannot meet, and RankLost when one goes later.
     """
     args = parse_args(words)
     where = _meeting_place(args)
     args.training_script_args = [*_RANK, args.training_script, *args.training_script_args]
     args.training_script, args.no_python = sys.executable, True
-    # the ranks say in one line what went wrong
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # the ranks say in one line what went wrong; torchrun's loggers have levels of their own
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     # torchrun would choose one thread and warn of it at length
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    spent = _seconds_of_ranks()
     try:
-        torchrun(args)
+        with _ctrl_c_kept_from_ranks_that_start():
+            torchrun(args)
     except ChildFailedError as failed:
         code = failed.get_first_failure()[1].exitcode
         return code if code in _OURS else LOST
@@ -52,7 +58,12 @@ def run(words: list[str]) -> int:
     except (DistError, RendezvousError) as error:
         # torchrun's own words only point to what stands behind them
         found = str(error.__cause__ or error).partition("\n")[0] or type(error).__name__
-        raise _no_meeting(where or "a port of this machine", found) from error
+        where = where or "a port of this machine"
+        if _seconds_of_ranks() > spent:
+            raise _lost(where, found) from error
+        raise _no_meeting(where, found) from error
+    finally:
+        logging.disable(before)
     return 0
 
 
@@ -77,6 +88,36 @@ def _meeting_place(args: argparse.Namespace) -> str:
     if answers == OTHER or (machines == 1 and answers != NOTHING):
         raise _no_meeting(f"{host}:{port}", f"the port is in use: {answers} answers there")
     return f"{host}:{port}"
+
+
+def _seconds_of_ranks() -> float:
+    """What the processes that were started and have ended took of the processor: nothing if none was."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
+@contextlib.contextmanager
+def _ctrl_c_kept_from_ranks_that_start() -> Iterator[None]:
+    """A terminal sends Ctrl-C to all its processes: to ranks that still start Python it comes when they have.
+
+    They inherit that it is held back, until their `main` lets it through. Here another thread takes it.
+    """
+    done = threading.Event()
+    taking = threading.Thread(target=done.wait, name="taking signals", daemon=True)
+    taking.start()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        done.set()
+        taking.join()
+
+
+def _lost(where: str, found: str) -> RankLost:
+    must = f"the machines of a run must stay in touch, at {where}, to its end"
+    record = loss_record(0, where, 0, must, found, AGAIN, LOST)
+    return RankLost(record)
 
 
 def _no_meeting(where: str, found: str) -> UserError:

@@ -68,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with _sigterm_as_interrupt():
+            if under_torchrun():
+                # the launcher holds Ctrl-C back from a rank until here, where it is understood
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             code = _dispatch(words)
             sys.stdout.flush()
             return code
