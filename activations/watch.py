@@ -86,6 +86,8 @@ class Watch:
         self._moving = False
         self._lost: dict[str, Any] | None = None
         self._neighbours: dict[int, psutil.Process] = {}
+        # whose end it is to see to; a shell that starts ranks by hand may end before them
+        self._launcher = os.getppid() if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
@@ -235,6 +237,8 @@ class Watch:
             if not _alive(process) and not self._store.check([f"left/{rank}"]):
                 # it may have written why, in the moment between the two looks
                 return self._record() or self._end_of(rank, "ended without a word: killed, or out of memory")
+        if self._launcher and os.getppid() != self._launcher:
+            return self._record() or self._end_of(self.rank, "has lost its launcher")
         return None
 
     def _silent(self, rank: int, heard: str) -> None:

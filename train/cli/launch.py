@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import DEFAULT_PORT
+from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler
 from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 from torch.distributed.run import determine_local_world_size, parse_args, parse_min_max_nnodes
 from torch.distributed.run import run as torchrun
@@ -48,7 +49,7 @@ def run(words: list[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     spent = _seconds_of_ranks()
     try:
-        with _ctrl_c_kept_from_ranks_that_start():
+        with _ctrl_c_kept_from_ranks_that_start(), _losses_found_by_ranks():
             torchrun(args)
     except ChildFailedError as failed:
         code = failed.get_first_failure()[1].exitcode
@@ -112,6 +113,27 @@ def _ctrl_c_kept_from_ranks_that_start() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         done.set()
         taking.join()
+
+
+@contextlib.contextmanager
+def _losses_found_by_ranks() -> Iterator[None]:
+    """A launcher that cannot ask any more whether machines wait to join leaves it to its ranks to look why.
+
+    By itself it would stop them at once, before one could say who was lost.
+    """
+    ask = DynamicRendezvousHandler.num_nodes_waiting
+
+    def waiting(handler: DynamicRendezvousHandler) -> int:
+        try:
+            return ask(handler)
+        except RendezvousError:
+            return 0
+
+    DynamicRendezvousHandler.num_nodes_waiting = waiting
+    try:
+        yield
+    finally:
+        DynamicRendezvousHandler.num_nodes_waiting = ask
 
 
 def _lost(where: str, found: str) -> RankLost:
