@@ -17,6 +17,7 @@ from train.cli.main import main
 
 WAYS = """
 import os, sys, threading, time, types
+import numpy
 import torch
 from activations.ranks import open_ranks
 from sae.errors import UserError
@@ -39,6 +40,10 @@ def fail(ranks, way):
         raise UserError("the file must be there", "no file", "write it")
     if way == "bug":
         raise ZeroDivisionError("a mistake")
+    if way == "memory":
+        numpy.empty(2**60, numpy.uint8)
+    if way == "torch's memory":
+        torch.empty(2**60, dtype=torch.uint8)
     if way == "killed":
         os.kill(os.getpid(), 9)
     if way == "stuck":
@@ -114,6 +119,12 @@ def test_when_rank_0_freezes_another_speaks_and_it_ends_when_it_wakes():
     [
         ("user", [2, 2], r"Rank 1 on \S+: the file must be there\. Found: no file\. Write it\."),
         ("bug", [75, 1], r".* rank 1 on \S+ failed: ZeroDivisionError: a mistake\..*"),
+        ("memory", [2, 2], r"Rank 1 on \S+: the work of a rank must have the memory .* 1\.00 EiB.* --memory.*"),
+        (
+            "torch's memory",
+            [2, 2],
+            r"Rank 1 on \S+: the work of a rank must have .*1152921504606846976 bytes.* --memory, or .*",
+        ),
         ("stuck", [75, 75], r".* rank 1 on \S+ made no step for 6 s\. It was last seen working, after .*"),
         ("differ", [2, 2], r".*width is 16 on rank 0 \(\S+\), 17 on rank 1 \(\S+\)\. Start all ranks.*"),
     ],

@@ -154,7 +154,7 @@ def plan_harvest(
     shape: ModelShape,
     sites: Mapping[str, int],
     dtype: torch.dtype,
-    measured: Measured,
+    measured: Measured | None = None,
     *,
     device: torch.device,
     tokens: int,
@@ -162,13 +162,15 @@ def plan_harvest(
     model_batch: int,
     out: str,
 ) -> Plan:
-    """The same for a store of activations. Raises UserError when the disk has no room for it."""
+    """The same for a store of activations; no times without `measured`. Raises UserError when the disk has
+    no room for it.
+    """
     size = tokens * (sum(sites.values()) * dtype.itemsize + 3 * 4)
     forward = _forward(shape, sites, dtype, context, model_batch)
     shard = min(size, SHARD_BYTES)
-    process, weights = measured.process, measured.weights
+    process, weights = _process(shape, measured), _weights(shape, dtype, measured)
     on_gpu = device.type != "cpu"
-    assert measured.harvest_rate is not None
+    rate = measured.harvest_rate if measured is not None else None
     plan = Plan(
         sites=dict(sites),
         own={},
@@ -177,10 +179,10 @@ def plan_harvest(
         memory={"language model": weights, "forward pass": forward}
         | ({} if on_gpu else {"shard": shard, "Python, libraries": process}),
         host_memory=process + max(weights, shard) if on_gpu else 0,
-        loading=measured.peak,
+        loading=measured.peak if measured is not None else 0,
         disk={"activations": size},
-        seconds={"harvest": tokens / measured.harvest_rate},
-        rates={"harvest": measured.harvest_rate},
+        seconds={"harvest": tokens / rate} if rate else {},
+        rates={"harvest": rate} if rate else {},
         basis="measured just now",
     )
     refuse_full_disk(plan, Path(out))

@@ -48,17 +48,20 @@ def missing_memory(plan: Plan, config: TrainConfig | None = None) -> UserError |
     )
 
 
-def rank_facts(plan: Plan, config: TrainConfig) -> dict[str, Any]:
-    """A rank's plan as it is told to the others; sizes in bytes.
+def rank_facts(plan: Plan, config: TrainConfig | None = None) -> dict[str, Any]:
+    """A rank's plan as it is told to the others; sizes in bytes. A harvest has no `config`, and no ring.
 
     `need` is what it will still take of its machine's memory, of which `free` is left for all.
     """
-    shares = {"rows": plan.ring_rows, "batch": config.batch, "passes": config.passes}
+    ring = 0
+    if config is not None:
+        shares = {"rows": plan.ring_rows, "batch": config.batch, "passes": config.passes}
+        ring = ring_bytes(plan.own, dtype=plan.torch_dtype, **shares)
     on_machine = plan.memory_total if plan.device == "cpu" else plan.host_memory
     return {
         "host": socket.gethostname(),
         "sites": len(plan.own),
-        "ring": ring_bytes(plan.own, dtype=plan.torch_dtype, **shares),
+        "ring": ring,
         "exchange": plan.memory.get(EXCHANGE, 0),
         "total": plan.memory_total,
         "need": on_machine - own_private_memory(),
@@ -66,7 +69,10 @@ def rank_facts(plan: Plan, config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def crowded(ranks: Sequence[Mapping[str, Any]]) -> UserError | None:
+_LESS = "start fewer ranks there, or give a smaller --buffer, fewer --layers or a smaller --width"
+
+
+def crowded(ranks: Sequence[Mapping[str, Any]], remedy: str = _LESS) -> UserError | None:
     """The error for a machine that has no room for all its ranks, by the facts of every rank."""
     for host in dict.fromkeys(facts["host"] for facts in ranks):
         here = [facts for facts in ranks if facts["host"] == host]
@@ -75,6 +81,6 @@ def crowded(ranks: Sequence[Mapping[str, Any]]) -> UserError | None:
             return UserError(
                 f"the memory planned for the {len(here)} ranks on {host} must be free: {format_size(need)}",
                 f"{format_size(free)} free",
-                "start fewer ranks there, or give a smaller --buffer, fewer --layers or a smaller --width",
+                remedy,
             )
     return None

@@ -26,22 +26,26 @@ def run(argv: list[str]) -> None:
     """Prints what a training run with these flags would take; trains nothing."""
     examples = ["plan --width 16k --tokens 10M --memory 8G", "plan --config runs/gemma/run.json --layers 9"]
     config = parse(TrainConfig, argv, verb="plan", examples=examples, from_dict=TrainConfig.from_dict)
-    plan = make_plan(config)
+    plan = make_plan(config, world=config.shard_latents)
     if config.store or _at_hand(config.model):
         from train.cli import work  # late: a mistake above should not wait for transformers
 
-        plan = show(config, None if config.store else work.load(config))
+        plan = show(config, None if config.store else work.load(config), world=config.shard_latents)
     else:
         _print_training(config, plan)
         note("the model is not at hand yet: it is measured once it has been downloaded or converted")
+    if config.shard_latents > 1:
+        note(f"memory is that of each of {config.shard_latents} ranks, which share every dictionary")
     if error := missing_memory(plan, config):
         note(f"this machine would refuse it now: {error}")
 
 
-def check(config: TrainConfig, rank: int = 0, world: int = 1) -> None:
-    """Raises UserError when a run cannot fit, by what can be known before its model is loaded."""
-    if error := missing_memory(make_plan(config, rank=rank, world=world), config):
+def check(config: TrainConfig, rank: int = 0, world: int = 1) -> dict[str, Any]:
+    """A rank's facts by what can be known before its model is loaded. Raises UserError when it cannot fit."""
+    plan = make_plan(config, rank=rank, world=world)
+    if error := missing_memory(plan, config):
         raise error
+    return rank_facts(plan, config)
 
 
 def show(
@@ -52,10 +56,12 @@ def show(
     loss_tokens: int = 0,
     index_tokens: int = 0,
     ranks: Ranks | None = None,
+    world: int = 1,
 ) -> Plan:
     """Measures for some seconds, with the model of the run, or None for a store; prints the plan.
 
-    Of several ranks each measures, and the first prints what each will take. Raises UserError, on all, when
+    Of several ranks each measures, and the first prints what each will take; without them the plan is that
+    of the first rank of a `world`. Raises UserError, on all, when
     the run does not fit --memory, the disk, or a machine with all its ranks.
     """
     from train.measure import measure
@@ -74,7 +80,7 @@ def show(
             loss_tokens=loss_tokens,
             index_tokens=index_tokens,
             rank=ranks.rank,
-            world=ranks.world,
+            world=max(world, ranks.world),
         )
         plans.append(plan)
         return rank_facts(plan, config)

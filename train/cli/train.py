@@ -12,6 +12,7 @@ from train.cli.parsing import parse, take_path
 from train.cli.tables import training_summary
 from train.config import TrainConfig
 from train.resume import refuse_changes
+from train.room import crowded
 from train.run_folder import RUN, RunFolder, refuse_occupied
 from train.together import by_first, together
 
@@ -32,7 +33,9 @@ def run(argv: list[str]) -> None:
 def _train(config: TrainConfig, resumed: Path | None, ranks: Ranks) -> None:
     done = resumed is not None and RunFolder.open(resumed).state() == "done"
     if not done:
-        together(ranks, "the plan", lambda: plan.check(config, ranks.rank, ranks.world))
+        facts = together(ranks, "the plan", lambda: plan.check(config, ranks.rank, ranks.world))
+        if error := crowded(facts) if ranks.world > 1 else None:
+            raise error
     from train.cli import work  # late: a mistake above should not wait for transformers
     from train.trainer import train_run
 

@@ -16,9 +16,10 @@ from activations.corpora import load_corpus
 from activations.exchange import owners
 from activations.harvest import RowBatch, Wanted, harvest_rows
 from activations.models import LanguageModel, load_model
+from activations.precision import pick_dtype
 from activations.ranks import Ranks, alone
 from activations.shapes import model_shape
-from activations.sites import expand_sites, layer_of, parse_layers, site_label
+from activations.sites import expand_sites, kind_of, layer_of, parse_layers, site_label
 from activations.store import Store
 from activations.store_writer import StoreFacts, write_store
 from sae import Dictionary, UserError
@@ -30,7 +31,7 @@ from train.config import TrainConfig
 from train.evals import evaluate
 from train.measure import measure_harvest
 from train.plan import Plan, plan_harvest
-from train.room import missing_memory
+from train.room import crowded, missing_memory, rank_facts
 from train.rows import own_device
 from train.run_folder import RUN, RunFolder, hold
 from train.together import together
@@ -145,6 +146,7 @@ def harvest(options: HarvestOptions, ranks: Ranks | None = None) -> Store:
     """Writes a store of activations, or goes on with one; `ranks` do it together."""
     ranks = ranks or alone()
     corpus = load_corpus(options.corpus)
+    _refuse_crowded(options, ranks)
     note(f"loading {options.model}")
     with ranks.busy("loading the model"):
         model = load_model(options.model, dtype=options.dtype, device=str(own_device(options.device, ranks)))
@@ -187,6 +189,31 @@ def harvest(options: HarvestOptions, ranks: Ranks | None = None) -> Store:
             on_rows=lambda n: report("harvest", n, options.tokens),
             ranks=ranks,
         )
+
+
+def _refuse_crowded(options: HarvestOptions, ranks: Ranks) -> None:
+    """Raises UserError, on all ranks, when a machine has no room for all of its own: before one loads."""
+    if ranks.world == 1:
+        return
+
+    def own() -> dict[str, Any]:
+        shape, device = model_shape(options.model), own_device(options.device, ranks)
+        sites = expand_sites(options.sites, options.layers, shape.n_layers)
+        planned = plan_harvest(
+            shape,
+            {site: shape.widths[kind_of(site)] for site in sites},
+            pick_dtype(options.dtype, device),
+            device=device,
+            tokens=options.tokens,
+            context=options.context,
+            model_batch=options.model_batch,
+            out=options.out,
+        )
+        return rank_facts(planned)
+
+    remedy = "start fewer ranks there, or give a smaller --model-batch or --context, or fewer --layers"
+    if error := crowded(together(ranks, "the plan", own), remedy):
+        raise error
 
 
 def _plan_harvest(
