@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import pytest
+from cli_fakes import make_inputs
 from fake_ranks import on_ranks
 from hypothesis import given
 from hypothesis import strategies as some
@@ -15,6 +16,8 @@ from activations.ranks import RankLost
 from activations.spans import Spans
 from activations.store import open_store
 from sae.errors import UserError
+from train.cli import work
+from train.cli.options import HarvestOptions
 
 # a batch of 17 rows is about half a shard of 30, and less than what the plan takes it for
 SMALL = dataclasses.replace(FACTS, context=2, model_batch=1)
@@ -161,3 +164,18 @@ def test_a_rank_that_sees_another_disk_is_refused(tmp_path, monkeypatch):
 def test_no_rows_make_no_store(tmp_path):
     found = write_by(2, tmp_path / "s", 400, source=source(0))
     assert all("hold rows" in str(error) for error in found)
+
+
+def test_ranks_that_a_machine_cannot_hold_are_refused_before_one_loads(tmp_path, monkeypatch):
+    inputs = make_inputs(tmp_path)
+    options = HarvestOptions(
+        model=inputs[1], corpus=inputs[3], context=16, tokens=1000, device="cpu", out=str(tmp_path / "s")
+    )
+    monkeypatch.setattr(work, "load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("train.room.own_private_memory", lambda: 0)
+    # room for one and a half
+    monkeypatch.setattr("train.room.free_memory", lambda: 2**30)
+    found = on_ranks(2, lambda ranks: work.harvest(options, ranks))
+    for error in found:
+        assert "memory planned for the 2 ranks on" in str(error) and "--model-batch" in str(error), error
+        assert "--buffer" not in str(error)

@@ -77,7 +77,7 @@ def blocks_from(start):
 
 def build(ranks, out, fails_at=0, sites=None):
     model, made = Model(), dictionaries()
-    model.fails_at = fails_at if ranks.rank == 1 else 0
+    model.fails_at = fails_at if ranks.rank == ranks.world - 1 else 0
     share = Share.of(ranks, model, made, model.dtype) if ranks.world > 1 else None
     options = {"text": TEXT, "examples": 6, "resume": True, "share": share}
     return build_index(model, made, blocks_from, out, **options), model.forwards
@@ -107,7 +107,7 @@ def test_ranks_write_the_index_of_one_and_each_runs_its_part_of_the_model(straig
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
 def test_an_index_that_was_cut_off_goes_on_and_with_other_ranks_begins_anew(
-    straight, tmp_path, monkeypatch, fails_at
+    straight, tmp_path, monkeypatch, caplog, fails_at
 ):
     monkeypatch.setattr("viewer.index.parts._PART_BYTES", 1)
     (tmp_path / "a").mkdir()
@@ -119,8 +119,15 @@ def test_an_index_that_was_cut_off_goes_on_and_with_other_ranks_begins_anew(
     again = on_ranks(2, lambda ranks: build(ranks, tmp_path / "a"))
     assert contents(tmp_path / "a") == straight
     assert sum(forwards for _, forwards in again) < 6 or fails_at == 1
+    assert "begins anew" not in caplog.text
     on_ranks(3, lambda ranks: build(ranks, tmp_path / "b"))
     assert contents(tmp_path / "b") == straight
+    with pytest.raises(KeyboardInterrupt):
+        build(alone(), tmp_path / "c", fails_at + 2)
+    on_ranks(2, lambda ranks: build(ranks, tmp_path / "c"))
+    assert contents(tmp_path / "c") == straight
+    assert "c holds a pass of another number of ranks: this one begins anew" in caplog.text
+    assert not list(tmp_path.glob("*/parts*"))
 
 
 def same_metrics(a, b):

@@ -1,6 +1,7 @@
 """Plans: what they count, that the ring follows from the config alone, and what is refused."""
 
 import dataclasses
+import re
 from importlib.util import find_spec
 
 import pytest
@@ -299,3 +300,13 @@ def test_harvest_and_a_run_from_its_store_print_plans(inputs, tmp_path, capfd):
 def test_what_the_model_does_not_have_is_refused(config, flag):
     with pytest.raises(UserError):
         make_plan(changed(config, **flag))
+
+
+def test_plan_shows_a_rank_of_shards_without_torchrun(inputs, capfd):
+    sizes = []
+    for shards in (1, 2):
+        assert main(["plan", *inputs, *SMALL, "--width=64k", "--shard-latents", str(shards)]) == 0
+        out, err = capfd.readouterr()
+        sizes.append(float(re.search(r"dictionaries +([\d.]+) MiB", out).group(1)))
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.01)
+    assert "memory is that of each of 2 ranks, which share every dictionary" in err

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,13 +26,14 @@ from viewer.index import storage
 from viewer.index.evidence import DENSE, TextRows, gather_evidence
 from viewer.index.histogram import BINS_PER_OCTAVE, histogram_edges
 from viewer.index.lens import Vocabulary
-from viewer.index.parts import Parts
+from viewer.index.parts import PASS, Parts
 from viewer.index.share import Share
 from viewer.index.site_tables import Common, TokenStrings, lowest_activation, make_tables
 from viewer.index.storage import LATENTS
 from viewer.index.words import Reading
 
 PARTS = "parts"
+_log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -129,6 +131,8 @@ class IndexBuilder:
         ranks = self._ranks
         folder = PARTS if ranks.world == 1 else f"{PARTS}-{ranks.rank}-of-{ranks.world}"
         self._parts = Parts(out / folder, self.own, facts if resume else None, ranks)
+        if resume and ranks.first and not self.rows and any(out.glob(f"{PARTS}*/{PASS}")):
+            _log.warning("%s holds a pass of another number of ranks: this one begins anew", out)
 
     @property
     def next(self) -> Cursor | None:
@@ -213,7 +217,7 @@ class IndexBuilder:
         self._ranks.share("the index to be whole", None)
         if self._ranks.first:
             # what a pass of another number of ranks left
-            for folder in self.out.glob(f"{PARTS}-*-of-*"):
+            for folder in (self.out / PARTS, *self.out.glob(f"{PARTS}-*-of-*")):
                 shutil.rmtree(folder, ignore_errors=True)
         return {site: self.out / site for site in self.dictionaries}
 

@@ -27,7 +27,7 @@ from sae.sparse import SparseLatents
 from sae.tensor_files import save_tensors
 from viewer.index.firings import RowLists, Texts
 
-_PASS = "pass.json"
+PASS = "pass.json"
 # what a pass holds in memory at most, and loses at most when it is killed
 _PART_BYTES, _PART_SECONDS = 256 * 2**20, 60.0
 _TEXTS = tuple(field.name for field in dataclasses.fields(Texts))
@@ -100,7 +100,7 @@ class Parts:
         tensors = self._in_memory((*_TEXTS, *(f"{site}/{name}" for site in self.sites for name in _LISTS)))
         following = json.dumps(self.next and dataclasses.asdict(self.next))
         if self._facts is not None and not self._files:
-            write_json(make_folder(self.folder) / _PASS, self._facts)
+            write_json(make_folder(self.folder) / PASS, self._facts)
         path = self.folder / _part_name(len(self._files))
         save_tensors(path, tensors, {"rows": str(self._rows), "next": following})
         self._files.append(path)
@@ -139,7 +139,7 @@ class Parts:
         if self.folder.is_dir():
             with disk_errors(self.folder):
                 # without it the rest is no pass to go on with
-                (self.folder / _PASS).unlink(missing_ok=True)
+                (self.folder / PASS).unlink(missing_ok=True)
                 shutil.rmtree(self.folder)
         self._files = []
 
@@ -164,7 +164,7 @@ class Parts:
         self._rows, self._bytes, self._since = 0, 0, time.monotonic()
 
     def _matches(self, facts: Mapping[str, Any]) -> bool:
-        path = self.folder / _PASS
+        path = self.folder / PASS
         return path.is_file() and read_json(path) == json.loads(json.dumps(facts))
 
     def _go_on(self) -> None:
