@@ -15,7 +15,7 @@ from train.run_folder import RunFolder
 
 
 def test_two_machines_stop_at_a_signal_to_one_and_the_run_goes_on(tmp_path):
-    flags = [*make_inputs(tmp_path), *SMALL, "--tokens", "20k", "--layers", "0-2", "--log-every", "5"]
+    flags = [*make_inputs(tmp_path), *SMALL, "--tokens", "12k", "--layers", "0-2", "--log-every", "5"]
     one, two = tmp_path / "one", tmp_path / "two"
     with socket.create_server(("127.0.0.1", 0)) as free:
         at = f"localhost:{free.getsockname()[1]}"

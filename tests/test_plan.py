@@ -307,6 +307,6 @@ def test_plan_shows_a_rank_of_shards_without_torchrun(inputs, capfd):
     for shards in (1, 2):
         assert main(["plan", *inputs, *SMALL, "--width=64k", "--shard-latents", str(shards)]) == 0
         out, err = capfd.readouterr()
-        sizes.append(float(re.search(r"dictionaries +([\d.]+) MiB", out).group(1)))
+        sizes.append(float(re.search(r"\d dictionaries +([\d.]+) MiB", out).group(1)))
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.01)
     assert "memory is that of each of 2 ranks, which share every dictionary" in err
