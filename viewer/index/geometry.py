@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Float32, Int, Int32
 from torch import Tensor
 
-from activations.int8 import int8_is_fast, int8_products, quantised
 from sae import Dictionary
+from sae.kernels.int8 import int8_is_fast, int8_products, quantised
 from sae.kernels.workers import workers_for
 from viewer.index.firings import Firings
 

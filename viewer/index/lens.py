@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int8
 from torch import Tensor
 
-from activations.int8 import HasUnembedding, Int8Vocabulary, int8_is_fast, int8_products, mean_column
+from activations.int8 import HasUnembedding, Int8Vocabulary, mean_column
+from sae.kernels.int8 import int8_is_fast, int8_products
 from sae.kernels.workers import workers_for
 from viewer.index.geometry import products_at
 
