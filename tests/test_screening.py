@@ -67,9 +67,9 @@ def rows_that_round_to_nothing(of_encoder: bool = False):
     g = torch.Generator().manual_seed(5)
     d_in, batch, d_sae, half = 64, 192, 256, options().bandwidth / 2
     sign = torch.randint(0, 2, (d_in,), generator=g) * 2.0 - 1
-    sizes = 1 + torch.rand(batch, 1, generator=g), 1 + torch.rand(d_sae, 1, generator=g)
+    sizes = 1 + torch.rand(batch, 1, generator=g) / 10, 1 + torch.rand(d_sae, 1, generator=g) / 10
     x, encoder = (
-        size * sign * (0.0038 + torch.eye(d_in)[torch.arange(len(size)) % d_in]) if lossy else size * sign
+        size * sign * (0.0035 + torch.eye(d_in)[torch.arange(len(size)) % d_in]) if lossy else size * sign
         for size, lossy in zip(sizes, (not of_encoder, of_encoder), strict=True)
     )
     picked = (x @ encoder.T)[torch.randint(0, batch, (d_sae,), generator=g), torch.arange(d_sae)]

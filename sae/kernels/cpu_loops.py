@@ -75,8 +75,8 @@ class Screen(NamedTuple):
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Machine code without the interpreter's lock, kept on disk where there is a place to write.
 
-    The copy on disk is dated by the function's own file: who changes a loop here that another file's loops
-    call must touch that file too.
+    The copy on disk goes by the contents of the function's own file: who changes a loop that another file's
+    loops call must delete the copies (__pycache__/*.nb?) or change that file too.
     """
     options = {"nogil": True, "error_model": "numpy", "fastmath": _FLAGS}
     # tests wrap every function to check its arguments; numba wants the function itself
