@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from activations.int8 import Int8Vocabulary, int8_is_fast, int8_products
+from activations.int8 import Int8Vocabulary
 from activations.models import LanguageModel
+from sae.kernels.int8 import int8_is_fast, int8_products
 from sae.kernels.workers import workers_for
 
 _LOG2_E = math.log2(math.e)

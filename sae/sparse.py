@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sae.architectures import BatchTopK, JumpReLU
 from sae.dictionary import Dictionary
-from sae.kernels.dispatch import product_dtype
+from sae.kernels.dispatch import screen_dtype
 from sae.kernels.step import StepWeights
 
 # the largest dense encoder output held at once, in elements: 64 MiB of fp32
@@ -120,14 +120,15 @@ class _Screened:
         )
         # the gate is pre > threshold, and only positive latents fire
         self._gate = dictionary.threshold.detach().clamp(min=0).numpy()
-        low = product_dtype(W_enc_t.device)
         self._workers = workers_for(torch.get_num_threads())
-        self._screens = Screens.of(W_enc_t, low if low == torch.bfloat16 else None, self._workers)
+        self._screens: Screens | None = None
         self._buffers = Buffers()
 
     def encode(self, x: Float[Tensor, "row d_in"]) -> SparseLatents:
-        from sae.kernels.cpu_forward import Forward
+        from sae.kernels.cpu_forward import Forward, screens_for
 
+        encoder = self._weights.W_enc_t
+        self._screens = screens_for(self._screens, encoder, screen_dtype(encoder.device), self._workers)
         step = Forward(
             self._weights, self._screens, self._buffers, self._workers, gate=self._gate, l0=_PLANNED_L0
         )

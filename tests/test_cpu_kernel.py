@@ -9,7 +9,6 @@ import tracemalloc
 
 import pytest
 import torch
-import torch.nn.functional as F
 from step_problems import (
     VARIANTS,
     as_weights,
@@ -24,7 +23,6 @@ from step_problems import (
     run,
 )
 
-from sae.kernels import cpu_step
 from sae.kernels.cpu import CpuKernel
 from sae.kernels.step import Job, StepState
 
@@ -40,125 +38,6 @@ def poison(kernel: CpuKernel) -> None:
     assert kernel._buffers._held
     for held in kernel._buffers._held.values():
         held.view("uint8").fill(255)
-
-
-def plain_rows():
-    return problem(300, 64, 700, dtype=FULL)
-
-
-def heavy_rows():
-    """One coordinate 50 times as large as the others, one row in 600 with 20 times the norm."""
-    weights, x, _ = problem(1200, 64, 520, dtype=FULL, level=2.0)
-    x[:, 7] *= 50
-    x[::600] *= 20
-    weights.threshold *= 1 + 10 * weights.W_enc_t[:, 7].abs()
-    return weights, x, x
-
-
-def rows_that_round_badly():
-    """Half the coordinates lose most in bfloat16, half gain most, and products nearly cancel; each latent's
-    threshold puts one row's pre-activation within 1e-6 of the gate or of an end of the window.
-    """
-    g = torch.Generator().manual_seed(3)
-    d_in, batch, d_sae, half = 64, 200, 600, options().bandwidth / 2
-    sign = torch.randint(0, 2, (d_in,), generator=g) * 2.0 - 1
-    falls, rises = 1 + 2**-8, 1 + 2**-8 + 2**-15  # the first is rounded to 1, the second to 1 + 2^-7
-    first = torch.arange(d_in) < d_in // 2
-    x = (sign * torch.where(first, falls, rises)).repeat(batch, 1)
-    encoder = (sign * torch.where(first, falls, -rises)).repeat(d_sae, 1)
-    for matrix in (x, encoder):
-        at = torch.randint(0, d_in, (len(matrix), 6), generator=g)
-        change = 1 + 2**-4 * torch.randint(-8, 9, at.shape, generator=g)
-        matrix.scatter_(1, at, change * matrix.gather(1, at))
-    picked = (x @ encoder.T)[torch.randint(0, batch, (d_sae,), generator=g), torch.arange(d_sae)]
-    edge = torch.tensor([-half, 0.0, half])[torch.arange(d_sae) % 3]
-    side = 1e-6 * (torch.randint(0, 2, (d_sae,), generator=g) * 2 - 1)
-    weights = as_weights(
-        W_enc_t=encoder,
-        b_enc=torch.zeros(d_sae),
-        W_dec=F.normalize(torch.randn(d_sae, d_in, generator=g), dim=1),
-        b_in=torch.zeros(d_in),
-        b_dec=torch.zeros(d_in),
-        threshold=(picked + edge + side).clamp(min=0),
-        dtype=FULL,
-    )
-    return weights, x, x
-
-
-@pytest.mark.parametrize("variant", ["quadratic", "frequency", "topk", "batchtopk"])
-@pytest.mark.parametrize("make", [plain_rows, heavy_rows, rows_that_round_badly])
-def test_screening_in_bfloat16_loses_nothing(make, variant):
-    """What a bfloat16 product lets through, and fp32 arithmetic on it, are the fp32 step to the last bit."""
-    weights, x, y = make()
-    states = [begin(weights), copied(begin(weights))]
-    for state, product in zip(states, (LOW, FULL), strict=True):
-        _, figures = run(CpuKernel(), state, x, y, options(variant, product_dtype=product), 3)
-        assert 0 < figures.l0.sum() < x.shape[0] * len(weights.threshold)
-    assert_identical(*states)
-
-
-def test_screening_allows_for_the_rounding_of_what_the_margin_holds():
-    """A pair whose product in bfloat16 is as wrong as can be, and rounded down again when it is stored."""
-    rise = 1 + 2**-8 + 2**-18
-    # the true pre-activation lies just inside the window, which is narrow and reaches from below zero
-    pre, half = -(2**-15) + 2**-20, 2**-15
-    last = (pre - (1 + 2**-8) ** 2 + rise**2) / 2**-7
-    x = torch.tensor([[1 + 2**-8, rise, 2**-7]])
-    weights = as_weights(
-        W_enc_t=torch.tensor([[1 + 2**-8, -rise, last]]),
-        b_enc=torch.zeros(1),
-        W_dec=torch.tensor([[1.0, 0.0, 0.0]]),
-        b_in=torch.zeros(3),
-        b_dec=torch.zeros(3),
-        threshold=torch.zeros(1),
-        dtype=FULL,
-    )
-    states = [begin(weights), copied(begin(weights))]
-    for state, product in zip(states, (LOW, FULL), strict=True):
-        run(CpuKernel(), state, x, x, options("linear", bandwidth=2 * half, product_dtype=product))
-        assert state.second.threshold > 0
-    assert_identical(*states)
-
-
-def test_screening_allows_for_the_rounding_of_what_is_stored():
-    """A product of 257 is stored as 256 in bfloat16, below the threshold; its factors are exact."""
-    weights = as_weights(
-        W_enc_t=torch.ones(1, 257),
-        b_enc=torch.zeros(1),
-        W_dec=F.normalize(torch.ones(1, 257), dim=1),
-        b_in=torch.zeros(257),
-        b_dec=torch.zeros(257),
-        threshold=torch.tensor([256.5]),
-        dtype=FULL,
-    )
-    x = torch.ones(1, 257)
-    _, figures = run(CpuKernel(), begin(weights), x, x, options(bandwidth=1e-3, product_dtype=LOW))
-    assert figures.l0.tolist() == [1]
-
-
-def test_topk_is_right_whatever_the_first_bound_was(monkeypatch):
-    """Also where bfloat16 rounds the best pre-activation, 259.01, to 256, and another passes at 259.00."""
-    x = torch.full((1, 257), 1 + 2**-8)
-    encoder = torch.zeros(2, 257)
-    encoder[0], encoder[1, 0] = 1 + 2**-8, 258.0
-    weights = as_weights(
-        W_enc_t=encoder,
-        b_enc=torch.zeros(2),
-        W_dec=F.normalize(torch.ones(2, 257), dim=1),
-        b_in=torch.zeros(257),
-        b_dec=torch.zeros(257),
-        threshold=torch.zeros(2),
-        dtype=FULL,
-    )
-    best, second = (x @ encoder.T)[0].tolist()
-    assert best > second > 259
-    for bound in (0.0, 259.0, second, best, 300.0):
-        monkeypatch.setattr(cpu_step, "first_bounds", lambda *_, bound=bound: _[-1].fill(bound))
-        for product in (LOW, FULL):
-            for variant in ("topk", "batchtopk"):
-                told = options(variant, k=1, product_dtype=product)
-                _, figures = run(CpuKernel(), copied(begin(weights)), x, x, told)
-                assert figures.fired.tolist() == [1, 0], (bound, product, variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

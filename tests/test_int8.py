@@ -8,9 +8,10 @@ import torch
 from conftest import wrapped_model
 
 from activations import losses
-from activations.int8 import Int8Vocabulary, quantised
+from activations.int8 import Int8Vocabulary
 from activations.loss_loops import add_tile, exp2_of_negative, largest
 from activations.losses import loss_vocabulary, next_token_losses
+from sae.kernels.int8 import quantised
 from viewer.index import lens
 from viewer.index.lens import top_logits
 from viewer.index.loops import keep_extremes

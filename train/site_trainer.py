@@ -12,7 +12,7 @@ from torch import Tensor
 from activations.ring import RowStatistics
 from sae.architectures import build
 from sae.dictionary import Dictionary, DictionaryConfig, parameter_shapes
-from sae.kernels.dispatch import StepKernel, product_dtype
+from sae.kernels.dispatch import StepKernel, screen_dtype
 from sae.kernels.shards import Shard
 from sae.kernels.step import TRAINED, Job, Moments, StepFigures, StepSettings, StepState, StepWeights
 from sae.losses import Sparsity
@@ -48,7 +48,7 @@ class SiteTrainer:
         self.bandwidth = bandwidth
         """In scaled units."""
         device = state.weights.W_dec.device
-        self.product_dtype = product_dtype(device)
+        self.product_dtype = screen_dtype(device, kernel.name)
         self._window = _Window(state.weights.W_dec.shape[1], device)
 
     @classmethod

@@ -1,9 +1,9 @@
 """The step on a CPU: torch's product over blocks of latents, numba for all else.
 
-A bfloat16 product only screens. A pair of row and latent that it cannot rule out, by a bound on its rounding
-error, gets its true pre-activation in the weights' own precision; so the step is the fp32 step, whichever
-dtype the product has. Blocks of latents are multiplied, screened and sorted while they are in a core's cache;
-nothing of the size [batch, d_sae] and no gradient is ever stored.
+A product in 8-bit integers, or in bfloat16, only screens. A pair of row and latent that it cannot rule out,
+by a bound on its rounding error, gets its true pre-activation in the weights' own precision; so the step is
+the fp32 step, whichever dtype the product has. Blocks of latents are multiplied, screened and sorted while
+they are in a core's cache; nothing of the size [batch, d_sae] and no gradient is ever stored.
 
     by blocks of latents: product, screen, exact pre-activations of what passed, in lists by latent
     by rows: the lists transposed, reconstruction, g = d loss / d reconstruction
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sae.kernels.cpu_forward import PLANNED, Buffers, Screens
+from sae.kernels.cpu_forward import PLANNED, Buffers, Screens, screens_for
 from sae.kernels.cpu_step import Step
 from sae.kernels.step import Job, StepFigures, StepSettings, StepState
 from sae.kernels.workers import workers_for
@@ -70,10 +70,9 @@ class CpuKernel:
     ) -> StepFigures:
         """The same change of `state` as `reference_step` makes."""
         workers = workers_for(torch.get_num_threads())
-        screens = self._screens.get(state)
-        low = settings.product_dtype if settings.product_dtype == torch.bfloat16 else None
-        if screens is None or screens.low_dtype != low:
-            screens = self._screens[state] = Screens.of(state.weights.W_enc_t, low, workers)
+        weights = state.weights.W_enc_t
+        screens = screens_for(self._screens.get(state), weights, settings.product_dtype, workers)
+        self._screens[state] = screens
         step = Step(state, screens, settings, self._buffers, workers)
         figures = step.run(rows_in, rows_out)
         if step.grown and not self._said:

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from sae.kernels import cpu_loops as loops
+from sae.kernels.cpu_int8 import lower_rows, scan_integers
 from sae.kernels.cpu_update import screen_latents
+from sae.kernels.dispatch import product_dtype
+from sae.kernels.int8 import int8_products
 from sae.kernels.step import StepWeights
 from sae.kernels.workers import Workers
 
@@ -20,6 +23,15 @@ from sae.kernels.workers import Workers
 # enough to share out evenly. Neither changes a result.
 _BLOCK = 512
 ROWS = 128
+# rows and latents that say how large the coordinates of integers are, and the batches for which that holds
+_SAMPLE, _FIT_EVERY = 256, 64
+# with fewer coordinates there is nothing to gain, and torch's product of one coordinate is wrong
+_NARROW = 16
+# one latent in so many may pass for nothing before another product is cheaper: a product of integers costs
+# half of bfloat16's and a quarter of fp32's or less, a pair about 120 ns
+_WASTE = {torch.bfloat16: 64, None: 12}
+# rounding to integers, beside what is measured of it: sums of squares in fp32
+_UNIT_INT8 = 2.0**-10
 # candidates a row that buffers are made for at first, in multiples of the L0 aimed at
 PLANNED = 4
 
@@ -30,28 +42,71 @@ class Screens:
 
     low_dtype: torch.dtype | None
     product: Tensor
-    """What the product multiplies: W_enc_t in bfloat16, or itself."""
+    """What the product multiplies: W_enc_t in bfloat16 or in integers, or itself."""
     low: np.ndarray
     norm: np.ndarray
     error: np.ndarray
+    scale: np.ndarray
+    divide: np.ndarray
+    """As in `loops.Screen`; empty where the product is not of integers."""
+    batches: int = 0
+    """Seen so far."""
+    wasteful: bool = False
+    """Whether so many pairs passed the last time that a wider product would have cost less."""
 
     @classmethod
     def of(cls, weights: Tensor, low_dtype: torch.dtype | None, workers: Workers) -> "Screens":
-        """Of W_enc_t [d_sae, d_in]."""
+        """Of W_enc_t [d_sae, d_in]. Integers wait for the first rows (`fit`)."""
         product = torch.empty_like(weights, dtype=low_dtype) if low_dtype else weights
+        norm, nothing = np.empty(len(weights), weights.numpy().dtype), np.empty(0, np.float32)
+        if low_dtype == torch.int8:
+            scale, divide = np.empty(len(weights), np.float32), np.ones(weights.shape[1], np.float32)
+            return cls(low_dtype, product, product.numpy(), norm, np.zeros_like(norm), scale, divide)
         low = product.view(torch.uint16).numpy() if low_dtype else np.empty((0, 0), np.uint16)
-        norm = np.empty(len(weights), weights.numpy().dtype)
-        screens = cls(low_dtype, product, low, norm, np.zeros_like(norm))
-        encoder = weights.numpy()
-        workers.run(
-            lambda part: screen_latents(encoder[part], screens.block(part)),
-            parts_of(len(weights), _BLOCK),
-        )
+        screens = cls(low_dtype, product, low, norm, np.zeros_like(norm), nothing, nothing)
+        screens.renew(weights.numpy(), workers)
         return screens
+
+    def fit(self, weights: np.ndarray, rows: np.ndarray, workers: Workers) -> None:
+        """Balances the coordinates of such rows and of the encoder, and turns it into integers anew."""
+        every = max(1, len(weights) // _SAMPLE)
+        sizes = [np.sqrt(np.mean(np.square(part), axis=0)) for part in (rows[:_SAMPLE], weights[::every])]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.sqrt(sizes[0] / sizes[1])
+        self.divide[:] = np.where((ratio > 0) & np.isfinite(ratio), ratio, 1)
+        self.renew(weights, workers)
+
+    def renew(self, weights: np.ndarray, workers: Workers) -> None:
+        """Screens all latents anew."""
+        workers.run(
+            lambda part: screen_latents(weights[part], self.block(part)), parts_of(len(weights), _BLOCK)
+        )
 
     def block(self, part: slice) -> loops.Screen:
         """Views of a block's share."""
-        return loops.Screen(self.low[part], self.norm[part], self.error[part])
+        return loops.Screen(self.low[part], self.norm[part], self.error[part], self.scale[part], self.divide)
+
+
+def screens_for(held: Screens | None, weights: Tensor, dtype: torch.dtype, workers: Workers) -> Screens:
+    """Those held, if they serve for a product in `dtype`; else new ones of W_enc_t [d_sae, d_in].
+
+    Where integers let too many pairs pass, the next best product stands in for some batches: they all find
+    the same pairs.
+    """
+    low = dtype if dtype in (torch.int8, torch.bfloat16) else None
+    if low == torch.int8:
+        stands_in = held is not None and held.low_dtype != low and held.batches < _FIT_EVERY
+        narrow = weights.dtype != torch.float32 or weights.shape[1] < _NARROW
+        if narrow or stands_in or (held is not None and held.wasteful):
+            low = _fallback()
+    if held is None or held.low_dtype != low:
+        return Screens.of(weights, low, workers)
+    return held
+
+
+def _fallback() -> torch.dtype | None:
+    low = product_dtype(torch.device("cpu"))
+    return low if low == torch.bfloat16 else None
 
 
 class Buffers:
@@ -76,6 +131,9 @@ class Buffers:
 class Forward:
     """The active latents of one batch in the making."""
 
+    changing = False
+    """Whether the weights change from batch to batch."""
+
     def __init__(
         self,
         weights: StepWeights,
@@ -99,7 +157,8 @@ class Forward:
         self.blocks = parts_of(self.d_sae, _BLOCK)
         self.pairs: list[loops.Pairs] = [loops.Pairs(None, None, None)] * len(self.blocks)
         self.gate, self.half, self.l0_planned, self.scales = gate, self.dtype.type(bandwidth / 2), l0, scales
-        self.unit = torch.finfo(screens.product.dtype).eps
+        self.integers = screens.low_dtype == torch.int8
+        self.unit = _UNIT_INT8 if self.integers else torch.finfo(screens.product.dtype).eps
         self.grown = False
         self.candidates = np.zeros(len(self.blocks), np.int64)
 
@@ -113,6 +172,9 @@ class Forward:
     def encode(self) -> None:
         """Finds the pairs."""
         self.workers.run(self._encode, range(len(self.blocks)))
+        kept = sum(int(pairs.starts[-1]) for pairs in self.pairs)
+        wasted = (int(self.candidates.sum()) - kept) / max(self.batch, 1)
+        self.screens.wasteful = self.integers and wasted > self.d_sae / _WASTE[_fallback()]
 
     def lists(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The active pairs by row: where each row's begin [batch + 1], latents (rising) and activations, in
@@ -139,7 +201,7 @@ class Forward:
 
     def _prepare(self, rows_in: Tensor, rows_out: Tensor) -> None:
         """Scaled and centred rows, their norms, and in bfloat16 what the product reads."""
-        n, low = self.batch, self.screens.low_dtype
+        n, low = self.batch, None if self.integers else self.screens.low_dtype
         self.x, self.y = self._take("x", n, self.d_in), self._take("y", n, self.d_out)
         self.row_norm, self.row_error = self._take("row norm", n), self._take("row error", n)
         x_low = self._take("x low", n if low else 0, self.d_in, dtype=np.uint16)
@@ -158,31 +220,70 @@ class Forward:
 
         self.workers.run(prepare, range(len(parts)))
         self.y_sum, self.y_square = y_sum.sum(0), y_square.sum()
+        if self.integers:
+            self._prepare_integers(parts)
+        self.screens.batches += 1
+
+    def _prepare_integers(self, parts: list[slice]) -> None:
+        """The centred rows as integers, and the norms that go with them."""
+        screens = self.screens
+        if screens.batches % _FIT_EVERY == 0 and (self.changing or screens.batches == 0):
+            screens.fit(self.w["W_enc_t"], self.x, self.workers)
+        low = self._take("x int8", self.batch, self.d_in, dtype=np.int8)
+        self.row_scale, factor = self._take("row scale", self.batch), 1 / screens.divide
+        self.product_in = torch.from_numpy(low)
+
+        def lower(part: slice) -> None:
+            lower_rows(
+                self.x[part], factor, low[part], self.row_scale[part], self.row_norm[part],
+                self.row_error[part],
+            )  # fmt: skip
+
+        self.workers.run(lower, parts)
 
     def _encode(self, block: int) -> None:
         """Product, screen and exact pre-activations of one block of latents."""
         part, thread = self.blocks[block], threading.get_ident()
         width = part.stop - part.start
-        low = self.screens.low_dtype
-        product = self.buffers.take(
-            f"product {thread}", (self.batch, width), np.uint16 if low else self.dtype
-        )
-        out = torch.from_numpy(product)
-        torch.mm(self.product_in, self.screens.product[part].T, out=out.view(low) if low else out)
         bound, norm, slack = self._bounds(part)
-        row_bound = self.row_bound * self.dtype.type(1 - self.unit)
+        bounds = self.row_bound * self.dtype.type(1 - self.unit), self.row_norm, self.row_error, bound, norm
         room = int(PLANNED * self.l0_planned * self.batch * width / self.d_sae) + 4096
-        found = -1
+        product, found = self._product(part), -1
         while found < 0:
             rows = self.buffers.at_least(f"rows {thread}", room, np.int32)
             columns = self.buffers.at_least(f"columns {thread}", room, np.int32)
-            found = loops.scan_block(
-                product, row_bound, self.row_norm, self.row_error, bound, norm, slack, rows, columns,
-            )  # fmt: skip
+            if self.integers:
+                scales = self.row_scale, self.screens.scale[part]
+                found = scan_integers(product, *scales, *bounds, slack, rows, columns)
+            else:
+                found = loops.scan_block(product, *bounds, slack, rows, columns)
             if found < 0:
                 self.grown, room = True, 2 * len(rows)
         self.candidates[block] = found
         self._exact(block, rows, columns, found)
+
+    def sample(self, every: int) -> Tensor:
+        """About the pre-activations of every so many-th latent, [batch, some] in fp32."""
+        encoder, bias = self.screens.product[::every], self.w["b_enc"][::every].astype(np.float32)
+        if not self.integers:
+            return (self.product_in @ encoder.T).float() + torch.from_numpy(bias)
+        product = torch.empty(self.batch * len(encoder), dtype=torch.int32)
+        values = int8_products(self.product_in, encoder.contiguous(), product).float()
+        scales = self.row_scale[:, None], self.screens.scale[::every]
+        return values * torch.from_numpy(scales[0]) * torch.from_numpy(scales[1]) + torch.from_numpy(bias)
+
+    def _product(self, part: slice) -> np.ndarray:
+        """The screening product of a block; bfloat16 as uint16."""
+        low, encoder = self.screens.low_dtype, self.screens.product[part]
+        shape, name = (self.batch, len(encoder)), f"product {threading.get_ident()}"
+        if self.integers:
+            product = self.buffers.take(name, shape, np.int32)
+            int8_products(self.product_in, encoder, torch.from_numpy(product.reshape(-1)))
+            return product
+        product = self.buffers.take(name, shape, np.uint16 if low else self.dtype)
+        out = torch.from_numpy(product)
+        torch.mm(self.product_in, encoder.T, out=out.view(low) if low else out)
+        return product
 
     def _bounds(self, part: slice) -> tuple[np.ndarray, np.ndarray, Any]:
         """What a latent's product must exceed if its pre-activation is to matter, but for the margin of its
@@ -191,11 +292,12 @@ class Forward:
         gate, bias = self.gate[part], self.w["b_enc"][part]
         # the product is rounded when it is stored, by half a unit at most; the bound is rounded too
         bound = gate - self.half - bias - self.unit * (np.abs(gate) + self.half + np.abs(bias))
-        # that rounding is also of what the margin holds, and two errors of half a unit multiply
-        norm = self.screens.norm[part] * self.dtype.type(1 + 2 * self.unit)
+        worst = self.screens.error[part].max()
+        # that rounding is also of what the margin holds, and two errors multiply: of half a unit, or measured
+        norm = self.screens.norm[part] * self.dtype.type(1 + 2 * self.unit + (worst if self.integers else 0))
         # products are summed in fp32 at best: (1 + eps)^d is below 1 + 2 d eps
         summed = 2 * (self.d_in + 8) * (2.0**-24 if self.dtype == np.float32 else 2.0**-52)
-        slack = self.screens.error[part].max() + summed
+        slack = worst + summed
         return bound, norm, self.dtype.type(slack)
 
     def _exact(self, block: int, rows: np.ndarray, columns: np.ndarray, found: int) -> None:

@@ -62,17 +62,21 @@ class Screen(NamedTuple):
     """What the screening product reads of a block of latents, renewed with the weights."""
 
     low: Any
-    """W_enc_t in bfloat16, as uint16; empty where the product reads the weights themselves."""
+    """W_enc_t in bfloat16, as uint16, or in integers; empty where the product reads W_enc_t itself."""
     norm: Any
     error: Any
     """||w - low|| / ||w||."""
+    scale: Any
+    """Of integers, what they are to be multiplied by; then w is what it is times `divide`."""
+    divide: Any
+    """For each coordinate of integers (`cpu_int8`)."""
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Machine code without the interpreter's lock, kept on disk where there is a place to write.
 
-    The copy on disk is dated by the function's own file: who changes a loop here that another file's loops
-    call must touch that file too.
+    The copy on disk goes by the contents of the function's own file: who changes a loop that another file's
+    loops call must delete the copies (__pycache__/*.nb?) or change that file too.
     """
     options = {"nogil": True, "error_model": "numpy", "fastmath": _FLAGS}
     # tests wrap every function to check its arguments; numba wants the function itself
@@ -84,7 +88,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @intrinsic
-def _as_float(_context, bits):
+def as_float(_context, bits):
     """The float32 with these 32 bits."""
 
     def build(_, builder, _signature, arguments):
@@ -94,7 +98,7 @@ def _as_float(_context, bits):
 
 
 @intrinsic
-def _as_bits(_context, value):
+def as_bits(_context, value):
     """The 32 bits of a float32."""
 
     def build(_, builder, _signature, arguments):
@@ -110,14 +114,14 @@ def widened(value):
 @overload(widened, inline="always")
 def _widened_for(value):
     if value == types.uint16:
-        return lambda value: _as_float(types.uint32(value) << types.uint32(16))  # pyright: ignore[reportCallIssue]
+        return lambda value: as_float(types.uint32(value) << types.uint32(16))  # pyright: ignore[reportCallIssue]
     return lambda value: value
 
 
 @compiled
 def bfloat16_bits(value):
     # to nearest, ties to even; finite values only
-    bits = _as_bits(value)  # pyright: ignore[reportCallIssue]
+    bits = as_bits(value)  # pyright: ignore[reportCallIssue]
     return types.uint16(
         (bits + types.uint32(0x7FFF) + ((bits >> types.uint32(16)) & types.uint32(1))) >> types.uint32(16)
     )
@@ -195,6 +199,21 @@ def add4(total, i, table, rows, p, w0, w1, w2, w3):
 
 
 @compiled
+def mark_pairs(marks, b, rows, columns, found):
+    """Adds row b's marked columns to the pairs found; returns how many there are now."""
+    # comparisons become vectors when they only store; marks are then looked at eight at a time
+    eights = marks.view(np.uint64)
+    for eight in range(len(eights)):
+        if eights[eight]:
+            for j in range(8 * eight, 8 * eight + 8):
+                if marks[j]:
+                    rows[found] = b
+                    columns[found] = j
+                    found += 1
+    return found
+
+
+@compiled
 def scan_block(product, row_bound, row_norm, row_error, bound, norm, slack, rows, columns):
     """Pairs that the screening product [batch, block] cannot rule out, in row order. Their number, or -1 if
     there is no room.
@@ -204,22 +223,14 @@ def scan_block(product, row_bound, row_norm, row_error, bound, norm, slack, rows
     """
     batch, width = product.shape
     found, room = 0, len(rows)
-    # comparisons become vectors when they only store; marks are then looked at eight at a time
     marks = np.zeros((width + 7) // 8 * 8, np.uint8)
-    eights = marks.view(np.uint64)
     for b in range(batch):
         if found + width > room:
             return -1
         reach, above = row_error[b] + slack * row_norm[b], row_bound[b]
         for j in range(width):
             marks[j] = widened(product[b, j]) > bound[j] + above - reach * norm[j]
-        for eight in range(len(eights)):
-            if eights[eight]:
-                for j in range(8 * eight, 8 * eight + 8):
-                    if marks[j]:
-                        rows[found] = b
-                        columns[found] = j
-                        found += 1
+        found = mark_pairs(marks, b, rows, columns, found)
     return found
 
 

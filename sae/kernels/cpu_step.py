@@ -10,7 +10,7 @@ from torch import Tensor
 from sae.kernels import cpu_loops as loops
 from sae.kernels.cpu_forward import ROWS, Buffers, Forward, Screens, parts_of
 from sae.kernels.cpu_update import adam, update_block
-from sae.kernels.largest import first_bounds, keep_largest
+from sae.kernels.largest import SAMPLE, first_bounds, keep_largest
 from sae.kernels.shards import Shard
 from sae.kernels.step import StepFigures, StepSettings, StepState
 from sae.kernels.workers import Workers
@@ -19,6 +19,8 @@ from sae.losses import sparsity_gradient, sparsity_value
 
 class Step(Forward):
     """One step in the making."""
+
+    changing = True
 
     def __init__(
         self, state: StepState, screens: Screens, settings: StepSettings, buffers: Buffers, workers: Workers
@@ -56,12 +58,8 @@ class Step(Forward):
         too few pairs passed; then all but the largest are dropped.
         """
         k, by_row = self.settings.k, self.settings.support == "topk"
-        self.workers.run(
-            lambda _: first_bounds(
-                self.product_in, self.screens.product, self.w["b_enc"], k, by_row, self.row_bound
-            ),
-            [0],
-        )
+        every = max(1, self.d_sae // SAMPLE)
+        self.workers.run(lambda _: first_bounds(self.sample(every), every, k, by_row, self.row_bound), [0])
         while True:
             self.encode()
             passed = self.active.sum(0)

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from sae.kernels.cpu_loops import add, add4, bfloat16_bits, compiled, dot, dot4, widened
+from sae.kernels.cpu_int8 import renew_screen
+from sae.kernels.cpu_loops import add, add4, compiled, dot, dot4
 
 
 @compiled
@@ -68,7 +69,7 @@ def update_block(
         scale = 1 / np.sqrt(dot(weights.W_dec, j, weights.W_dec, j))
         for k in range(d_out):
             w_dec[k] *= scale
-        _renew_screen(w_enc, screen.low, screen.norm, screen.error, j)
+        renew_screen(w_enc, screen.low, screen, j)
     adam(weights.b_enc, bias_gradient, first.b_enc, second.b_enc, numbers.rate, numbers)
     if pull[2]:
         rate = numbers.threshold_rate
@@ -120,24 +121,7 @@ def _count_silence(weights, fired, silent_for, pull, numbers):
 
 
 @compiled
-def _renew_screen(w, low, norm, error, j):
-    square = w.dtype.type(0)
-    for k in range(len(w)):
-        square += w[k] * w[k]
-    norm[j] = np.sqrt(square)
-    if len(low):
-        lost = w.dtype.type(0)
-        line = low[j]
-        for k in range(len(w)):
-            bits = bfloat16_bits(np.float32(w[k]))
-            line[k] = bits
-            rest = w[k] - widened(bits)
-            lost += rest * rest
-        error[j] = np.sqrt(lost / square) if square > 0 else 0
-
-
-@compiled
 def screen_latents(W_enc_t, screen):
     """Makes a block's screen from its weights."""
     for j in range(len(W_enc_t)):
-        _renew_screen(W_enc_t[j], screen.low, screen.norm, screen.error, j)
+        renew_screen(W_enc_t[j], screen.low, screen, j)

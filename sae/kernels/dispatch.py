@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sae.errors import UserError
+from sae.kernels.int8 import int8_is_fast
 from sae.kernels.step import Job, StepFigures, StepSettings, StepState
 
 _log = logging.getLogger(__name__)
@@ -101,6 +102,11 @@ def product_dtype(device: torch.device) -> torch.dtype:
     else:
         fast = False
     return torch.bfloat16 if fast else torch.float32
+
+
+def screen_dtype(device: torch.device, kernel: str = "cpu") -> torch.dtype:
+    """What a kernel screens by: 8-bit integers on a CPU that multiplies them fast, else `product_dtype`."""
+    return torch.int8 if kernel == "cpu" and int8_is_fast(device) else product_dtype(device)
 
 
 def _checked(device: torch.device, name: str, source: str) -> Choice:

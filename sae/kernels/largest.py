@@ -10,26 +10,19 @@ from torch import Tensor
 from sae.kernels.cpu_loops import Pairs
 from sae.kernels.shards import Shard, largest_of_all
 
-# latents looked at to guess how large the k-th largest pre-activation is
-_SAMPLE = 1024
+SAMPLE = 1024
+"""Latents looked at to guess how large the k-th largest pre-activation is."""
 
 
 def first_bounds(
-    rows: Float[Tensor, "batch d_in"],
-    encoder: Float[Tensor, "d_sae d_in"],
-    b_enc: np.ndarray,
-    k: int,
-    by_row: bool,
-    bounds: np.ndarray,
+    sample: Float[Tensor, "batch some"], every: int, k: int, by_row: bool, bounds: np.ndarray
 ) -> None:
     """Fills `bounds` [batch] with what more than k pre-activations of a row, or k a row of the batch, exceed.
 
-    From every s-th latent; too high only by bad luck, which the caller sees from what passed.
+    From those of every so many-th latent; too high only by bad luck, which the caller sees from what passed.
     """
-    every = max(1, len(encoder) // _SAMPLE)
-    sample = (rows @ encoder[::every].T).float() + torch.from_numpy(b_enc[::every]).float()
-    values = sample if by_row else sample.view(1, -1)
-    share = k / every if by_row else k / every * len(rows)
+    values = sample if by_row else sample.reshape(1, -1)
+    share = k / every if by_row else k / every * len(sample)
     count = min(values.shape[1], math.ceil(1.3 * share + 4 * math.sqrt(share) + 1))
     least = values.topk(count, dim=1).values[:, -1]
     # only positive pre-activations can be active

@@ -88,10 +88,11 @@ def _machine() -> None:
     import torch
 
     from activations.precision import pick_device, pick_dtype
-    from sae.kernels.dispatch import choose_kernel, product_dtype
+    from sae.kernels.dispatch import choose_kernel, screen_dtype
 
     device = pick_device("auto")
-    kernel, product = choose_kernel(device), str(product_dtype(device)).removeprefix("torch.")
+    kernel = choose_kernel(device)
+    product = str(screen_dtype(device, kernel.name)).removeprefix("torch.")
     dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
     memory = psutil.virtual_memory()
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

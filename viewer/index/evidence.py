@@ -232,7 +232,8 @@ def _cofiring(firings: Firings, lists: RowLists) -> dict[str, np.ndarray]:
     def find(part: range) -> None:
         find_cofiring(
             part.start, part.stop, firings.starts, firings.row, lists.starts, lists.latent, spread,
-            n_rows, COFIRING_ROWS, others, phi, together, np.zeros(d_sae, np.int32), np.empty(COFIRING),
+            n_rows, COFIRING_ROWS, others, phi, together,
+            np.zeros(d_sae, np.int32), np.empty(d_sae), np.empty(COFIRING),
         )  # fmt: skip
 
     _over(d_sae, find)

@@ -10,6 +10,8 @@ from sae.kernels.cpu_loops import compiled
 
 # a window of so many tokens either side of the peak tells whether two examples are the same text
 _NEAR = 5
+# scores looked at together; only a span that holds a new one is looked at one by one
+_SPAN = 128
 
 
 @compiled
@@ -214,16 +216,31 @@ def _rank(value, which, values, chosen):
 
 
 @compiled
+def _rank_all(score, values, chosen):
+    """Lets all latents with a positive score into an empty list of those with the highest."""
+    for first in range(0, len(score), _SPAN):
+        part = score[first : first + _SPAN]
+        beyond = np.int32(0)
+        for i in range(len(part)):
+            beyond += np.int32((part[i] > 0) & (part[i] >= values[-1]))
+        if beyond == 0:
+            continue
+        for i in range(len(part)):
+            if part[i] > 0:
+                _rank(part[i], first + i, values, chosen)
+
+
+@compiled
 def find_cofiring(
     begin, end, starts, row, row_starts, latent, spread, n_rows, at_least,
-    others, phi, together, count, values,
+    others, phi, together, count, score, values,
 ):  # fmt: skip
     """The latents that fire with each one, by phi, the correlation of firing with firing.
 
     `row_starts` and `latent` are the firings as lists a row; `spread` is 1 / sqrt(f (n_rows - f)) for each
     latent of f firings, and 0 where that has no meaning. Only those that share `at_least` rows and have a
     positive phi. `others` [latent, rank] gets latents, -1 where there is none, `phi` and `together` their phi
-    and shared rows. `count` (zero) [latent] and `values` [rank] are room to work in.
+    and shared rows. `count` (zero) [latent], `score` [latent] and `values` [rank] are room to work in.
     """
     for j in range(begin, end):
         firings = starts[j + 1] - starts[j]
@@ -235,13 +252,12 @@ def find_cofiring(
                 count[latent[m]] += 1
         values[:] = 0.0
         count[j] = 0
+        # of nearly all pairs: without a branch, so that it is made of vectors
         for i in range(len(count)):
-            both = count[i]
-            if both >= at_least:
-                expected = np.float64(firings) * np.float64(starts[i + 1] - starts[i])
-                value = (np.float64(n_rows) * both - expected) * spread[i] * spread[j]
-                if value > 0 and value >= values[-1]:
-                    _rank(value, i, values, others[j])
+            expected = np.float64(firings) * np.float64(starts[i + 1] - starts[i])
+            value = (np.float64(n_rows) * np.float64(count[i]) - expected) * spread[i] * spread[j]
+            score[i] = value if count[i] >= at_least else 0.0
+        _rank_all(score, values, others[j])
         for rank in range(len(values)):
             if others[j, rank] >= 0:
                 phi[j, rank] = values[rank]

@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float, Float32, Int, Int32
 from torch import Tensor
 
-from activations.int8 import int8_is_fast, int8_products, quantised
 from sae import Dictionary
+from sae.kernels.int8 import int8_is_fast, int8_products, quantised
 from sae.kernels.workers import workers_for
 from viewer.index.firings import Firings
 
@@ -100,6 +100,21 @@ def neighbours(
         workers_for(torch.get_num_threads()).run(search, range(0, len(left), _ROWS))
     ids[~left.any(1).cpu()] = -1
     return Neighbours(ids.numpy(), torch.where(ids >= 0, cosine, 0).numpy())
+
+
+def products_at(
+    rows: Float[Tensor, "row d_out"], right: Float[Tensor, "other d_out"], places: Int[Tensor, "row some"]
+) -> Float[Tensor, "row some"]:
+    """Each fp32 row's products with the vectors of `right` at its places, summed in fp32."""
+    in_loop = right.device.type == "cpu" and right.dtype in (torch.float32, torch.bfloat16)
+    if not (in_loop and right.is_contiguous()):
+        return torch.einsum("rd,rcd->rc", rows, right[places].float())
+    from viewer.index.loops import multiply_at  # late: numba takes a second to import
+
+    exact = torch.empty(places.shape)
+    plain = right.view(torch.uint16) if right.dtype == torch.bfloat16 else right
+    multiply_at(rows.numpy(), plain.numpy(), places.numpy(), exact.numpy())
+    return exact
 
 
 def duplicates(near: Neighbours, firings: Firings) -> Duplicates:
@@ -194,28 +209,13 @@ def _ranked(
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best of each row's candidates: numbers and cosines [row, count], and whether none is missing."""
-    exact = _products(rows, right, places)
+    exact = products_at(rows, right, places)
     ids, cosine = _by_cosine(exact, there[places], own, count)
     if places.shape[1] == len(right):
         return ids, cosine, torch.ones_like(own, dtype=torch.bool)
     # what was left out scored no higher than the last candidate
     error = (exact - scores).abs().amax(1)
     return ids, cosine, cosine[:, -1] - scores.amin(1) > 2 * error
-
-
-def _products(
-    rows: Float[Tensor, "row d_out"],
-    right: Float[Tensor, "other d_out"],
-    places: Int[Tensor, "row candidate"],
-) -> Float[Tensor, "row candidate"]:
-    """Each row's products with its candidates, in fp32."""
-    if rows.device.type != "cpu":
-        return torch.einsum("rd,rcd->rc", rows, right[places])
-    from viewer.index.loops import multiply_at  # late: numba takes a second to import
-
-    exact = torch.empty(places.shape)
-    multiply_at(rows.numpy(), right.numpy(), places.numpy(), exact.numpy())
-    return exact
 
 
 def _by_cosine(

@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Float64, Int, Int8
 from torch import Tensor
 
-from activations.int8 import HasUnembedding, Int8Vocabulary, int8_is_fast, int8_products, mean_column
+from activations.int8 import HasUnembedding, Int8Vocabulary, mean_column
+from sae.kernels.int8 import int8_is_fast, int8_products
 from sae.kernels.workers import workers_for
+from viewer.index.geometry import products_at
 
 _GROUP = 64
 _VOCAB_CHUNK = 32768
@@ -20,6 +22,8 @@ _MIN_DIRECTIONS = 4096
 _INT8_CANDIDATES = 4
 # a tile of products that a core's cache holds, and the product is still busy
 _INT8_TILE_ROWS, _INT8_TILE_COLUMNS = 512, 4096
+# directions whose candidates are computed again at once
+_EXACT_ROWS = 256
 # columns of the vocabulary multiplied into its covariance at once
 _GRAM_COLUMNS = 4096
 _BINS, _BINS_PER_STD = 41, 2
@@ -302,12 +306,14 @@ def _exact(
     read: Float[Tensor, "latent d_model"], unembed: Tensor, mean: Tensor, ids: Int[Tensor, "latent some"]
 ) -> Float[Tensor, "latent some"]:
     """The centred logits of these tokens, in fp32."""
-    offset = read @ mean
+    tokens, offset = unembed.T, (read @ mean)[:, None]
     exact = torch.empty(ids.shape, device=read.device)
-    for part in range(0, len(ids), 256):
-        span = slice(part, part + 256)
-        columns = unembed.T[ids[span]].float()
-        exact[span] = torch.einsum("ld,lcd->lc", read[span], columns) - offset[span, None]
+
+    def fill(start: int) -> None:
+        part = slice(start, start + _EXACT_ROWS)
+        exact[part] = products_at(read[part], tokens, ids[part]) - offset[part]
+
+    workers_for(torch.get_num_threads()).run(fill, range(0, len(ids), _EXACT_ROWS))
     return exact
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sae.kernels.cpu_loops import compiled
+from sae.kernels.cpu_loops import compiled, widened
 
 # columns looked at together; only a span that holds something new is looked at one by one
 _SPAN = 128
@@ -59,7 +59,11 @@ def keep_largest(products, scale, first, values, ids, room):
             room[c] = np.float32(row[c]) * scale[c]
         for start in range(0, len(room), _SPAN):
             span = room[start : start + _SPAN]
-            if span.max() <= values[r, last]:
+            # counted, since neither a maximum nor a loop that stops early is made of vectors
+            beyond = np.int32(0)
+            for c in range(len(span)):
+                beyond += np.int32(span[c] > values[r, last])
+            if beyond == 0:
                 continue
             for c in range(len(span)):
                 if span[c] > values[r, last]:
@@ -68,13 +72,16 @@ def keep_largest(products, scale, first, values, ids, room):
 
 @compiled
 def multiply_at(left, right, places, products):
-    """`products[r, c]` is that of row r of `left` and row `places[r, c]` of `right`, summed in fp32."""
+    """`products[r, c]` is that of row r of `left` and row `places[r, c]` of `right`, summed in fp32.
+
+    `right` may be bfloat16 as uint16.
+    """
     for r in range(places.shape[0]):
         for c in range(places.shape[1]):
             other = right[places[r, c]]
             total = np.float32(0)
             for d in range(len(other)):
-                total += left[r, d] * other[d]
+                total += left[r, d] * widened(other[d])
             products[r, c] = total
 
 
