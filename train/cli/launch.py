@@ -123,9 +123,9 @@ def _losses_found_by_ranks() -> Iterator[None]:
     """
     ask = DynamicRendezvousHandler.num_nodes_waiting
 
-    def waiting(handler: DynamicRendezvousHandler) -> int:
+    def waiting(self: DynamicRendezvousHandler) -> int:
         try:
-            return ask(handler)
+            return ask(self)
         except RendezvousError:
             return 0
 
