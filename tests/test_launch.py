@@ -162,7 +162,9 @@ def test_ctrl_c_in_a_terminal_is_one_line(tmp_path, early):
         at_work(launcher, 2)
     os.killpg(launcher.pid, signal.SIGINT)
     _, err = launcher.communicate(timeout=100)
-    assert (launcher.returncode, err) == (130, "jumpscope: stopped\n")
+    assert launcher.returncode == 130
+    # one that was about to reach its launcher's store may say that it is gone
+    assert re.fullmatch(r"jumpscope: .*\n", err) if early else err == "jumpscope: stopped\n", err
 
 
 def test_a_second_signal_to_the_launcher_ends_as_the_first(tmp_path):
