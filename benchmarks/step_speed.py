@@ -7,7 +7,7 @@ matrices and both of Adam's moments read and written once, 500 MB, and the round
 Rows are Gaussian; thresholds are placed at the L0 asked for and the bandwidth is the recipe's, which gives
 about twice as many candidates as active latents. SAELens's step is its own forward pass, backward and Adam,
 without its statistics and its clipping. The last line is JSON; a ratio is the median over rounds of ratios
-within a round.
+within a round. `int8` is what a trainer uses where a CPU multiplies 8-bit integers fast.
 
     python benchmarks/step_speed.py [--width 16k] [--l0 50] [--batch 2048] [--rounds 9] [--no-saelens]
 """
@@ -144,7 +144,7 @@ def peak() -> int:
 
 def print_memory(problem: Problem, name: str) -> None:
     before = peak()
-    step = problem.saelens() if name == "saelens" else problem.ours(torch.bfloat16)
+    step = problem.saelens() if name == "saelens" else problem.ours(torch.int8)
     for turn in range(3):
         step(turn)
     print((peak() - before) / 2**20)
@@ -158,6 +158,7 @@ def main() -> None:
         return
     works = {
         "product_bf16": problem.product(torch.bfloat16),
+        "step_int8": problem.ours(torch.int8),
         "step_bf16": problem.ours(torch.bfloat16),
         "product_fp32": problem.product(torch.float32),
         "step_fp32": problem.ours(torch.float32),
@@ -173,10 +174,12 @@ def main() -> None:
         f"{name}_ms": round(1e3 * statistics.median(t), 1) for name, t in times.items()
     }
     found |= {f"step_over_product_{d}": ratio(f"step_{d}", f"product_{d}") for d in ("bf16", "fp32")}
+    # integers have no product of their own here: the bar is bfloat16's
+    found["step_int8_over_product_bf16"] = ratio("step_int8", "product_bf16")
     figures = works["step_bf16"](0)
     found["l0"] = round(float(figures.l0.mean()), 1)  # type: ignore[attr-defined]
     if not options.no_saelens:
-        found |= {f"saelens_over_step_{d}": ratio("saelens", f"step_{d}") for d in ("bf16", "fp32")}
+        found |= {f"saelens_over_step_{d}": ratio("saelens", f"step_{d}") for d in ("int8", "bf16", "fp32")}
         found["peak_gib"] = {name: round(peak_memory(name), 2) for name in ("saelens", "ours")}
     told = {name: value for name, value in vars(options).items() if name != "memory_of"}
     print(json.dumps({**told, **found, "threads": torch.get_num_threads()}))

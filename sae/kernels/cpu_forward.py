@@ -58,9 +58,9 @@ class Screens:
     def of(cls, weights: Tensor, low_dtype: torch.dtype | None, workers: Workers) -> "Screens":
         """Of W_enc_t [d_sae, d_in]. Integers wait for the first rows (`fit`)."""
         product = torch.empty_like(weights, dtype=low_dtype) if low_dtype else weights
-        norm, nothing = np.empty(len(weights), weights.numpy().dtype), np.empty(0, np.float32)
+        norm, nothing = np.zeros(len(weights), weights.numpy().dtype), np.empty(0, np.float32)
         if low_dtype == torch.int8:
-            scale, divide = np.empty(len(weights), np.float32), np.ones(weights.shape[1], np.float32)
+            scale, divide = np.zeros(len(weights), np.float32), np.ones(weights.shape[1], np.float32)
             return cls(low_dtype, product, product.numpy(), norm, np.zeros_like(norm), scale, divide)
         low = product.view(torch.uint16).numpy() if low_dtype else np.empty((0, 0), np.uint16)
         screens = cls(low_dtype, product, low, norm, np.zeros_like(norm), nothing, nothing)
@@ -222,12 +222,13 @@ class Forward:
         self.y_sum, self.y_square = y_sum.sum(0), y_square.sum()
         if self.integers:
             self._prepare_integers(parts)
-        self.screens.batches += 1
+        self.screens.batches += self.batch > 0
 
     def _prepare_integers(self, parts: list[slice]) -> None:
         """The centred rows as integers, and the norms that go with them."""
         screens = self.screens
-        if screens.batches % _FIT_EVERY == 0 and (self.changing or screens.batches == 0):
+        due = screens.batches % _FIT_EVERY == 0 and (self.changing or screens.batches == 0)
+        if due and self.batch:
             screens.fit(self.w["W_enc_t"], self.x, self.workers)
         low = self._take("x int8", self.batch, self.d_in, dtype=np.int8)
         self.row_scale, factor = self._take("row scale", self.batch), 1 / screens.divide

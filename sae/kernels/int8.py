@@ -25,5 +25,5 @@ def int8_products(
     left: Int8[Tensor, "row d_model"], right: Int8[Tensor, "column d_model"], held: Int32[Tensor, " room"]
 ) -> Int32[Tensor, "row column"]:
     """The products of all rows of both, exactly, in memory that is made once and holds the largest tile."""
-    out = held[: len(left) * len(right)].view(len(left), -1)
+    out = held[: len(left) * len(right)].view(len(left), len(right))
     return torch._int_mm(left, right.T, out=out)  # pyright: ignore[reportPrivateImportUsage]
