@@ -27,11 +27,13 @@ ROWS = 128
 _SAMPLE, _FIT_EVERY = 256, 64
 # with fewer coordinates there is nothing to gain, and torch's product of one coordinate is wrong
 _NARROW = 16
-# one latent in so many may pass for nothing before another product is cheaper: a product of integers costs
-# half of bfloat16's and a quarter of fp32's or less, a pair about 120 ns
-_WASTE = {torch.bfloat16: 64, None: 12}
+# one latent in so many may pass for nothing before another product is cheaper: at a width of 16,384, 176 pairs
+# a row undo what integers gain on bfloat16 (d_in 640), and about five times as many what they gain on fp32
+_WASTE = {torch.bfloat16: 128, None: 24}
 # rounding to integers, beside what is measured of it: sums of squares in fp32
 _UNIT_INT8 = 2.0**-10
+# rows of integer products made at once
+_TILE = 256
 # candidates a row that buffers are made for at first, in multiples of the L0 aimed at
 PLANNED = 4
 
@@ -247,17 +249,17 @@ class Forward:
         part, thread = self.blocks[block], threading.get_ident()
         width = part.stop - part.start
         bound, norm, slack = self._bounds(part)
-        bounds = self.row_bound * self.dtype.type(1 - self.unit), self.row_norm, self.row_error, bound, norm
         room = int(PLANNED * self.l0_planned * self.batch * width / self.d_sae) + 4096
-        product, found = self._product(part), -1
+        product, found = None if self.integers else self._product(part), -1
         while found < 0:
             rows = self.buffers.at_least(f"rows {thread}", room, np.int32)
             columns = self.buffers.at_least(f"columns {thread}", room, np.int32)
-            if self.integers:
-                scales = self.row_scale, self.screens.scale[part]
-                found = scan_integers(product, *scales, *bounds, slack, rows, columns)
+            if product is None:
+                found = self._scan_integers(part, bound, norm, slack, rows, columns)
             else:
-                found = loops.scan_block(product, *bounds, slack, rows, columns)
+                found = loops.scan_block(
+                    product, self._above(), self.row_norm, self.row_error, bound, norm, slack, rows, columns
+                )
             if found < 0:
                 self.grown, room = True, 2 * len(rows)
         self.candidates[block] = found
@@ -273,14 +275,41 @@ class Forward:
         scales = self.row_scale[:, None], self.screens.scale[::every]
         return values * torch.from_numpy(scales[0]) * torch.from_numpy(scales[1]) + torch.from_numpy(bias)
 
+    def _scan_integers(
+        self,
+        part: slice,
+        bound: np.ndarray,
+        norm: np.ndarray,
+        slack: Any,
+        rows: np.ndarray,
+        columns: np.ndarray,
+    ) -> int:
+        """Product and screen of a block in integers, twice as long as bfloat16: some rows at a time, so that
+        they fit a core's cache. The pairs found, or -1 if there is no room.
+        """
+        encoder, scale = self.screens.product[part], self.screens.scale[part]
+        name, found = f"product {threading.get_ident()}", 0
+        above = self._above()
+        for tile in parts_of(self.batch, _TILE):
+            low = self.product_in[tile]
+            product = self.buffers.take(name, (len(low), len(encoder)), np.int32)
+            int8_products(low, encoder, torch.from_numpy(product.reshape(-1)))
+            found = scan_integers(
+                product, self.row_scale[tile], scale, above[tile], self.row_norm[tile], self.row_error[tile],
+                bound, norm, slack, rows, columns, tile.start, found,
+            )  # fmt: skip
+            if found < 0:
+                break
+        return found
+
+    def _above(self) -> np.ndarray:
+        """The rows' own bounds, less what the product's rounding may hide."""
+        return self.row_bound * self.dtype.type(1 - self.unit)
+
     def _product(self, part: slice) -> np.ndarray:
         """The screening product of a block; bfloat16 as uint16."""
         low, encoder = self.screens.low_dtype, self.screens.product[part]
         shape, name = (self.batch, len(encoder)), f"product {threading.get_ident()}"
-        if self.integers:
-            product = self.buffers.take(name, shape, np.int32)
-            int8_products(self.product_in, encoder, torch.from_numpy(product.reshape(-1)))
-            return product
         product = self.buffers.take(name, shape, np.uint16 if low else self.dtype)
         out = torch.from_numpy(product)
         torch.mm(self.product_in, encoder.T, out=out.view(low) if low else out)

@@ -29,11 +29,13 @@ def lower_rows(x, factor, low, scale, norm, error):
 
 @compiled
 def scan_integers(
-    product, row_scale, scale, row_bound, row_norm, row_error, bound, norm, slack, rows, columns
+    product, row_scale, scale, row_bound, row_norm, row_error, bound, norm, slack, rows, columns, first, found
 ):  # fmt: skip
-    """As `scan_block`, for a product of integers that stand for themselves times `row_scale` and `scale`."""
-    width = product.shape[1]
-    found, room = 0, len(rows)
+    """As `scan_block`, for a product of integers that stand for themselves times `row_scale` and `scale`.
+
+    The rows are those from `first` on, and `found` pairs are in the lists already.
+    """
+    width, room = product.shape[1], len(rows)
     marks = np.zeros((width + 7) // 8 * 8, np.uint8)
     for b in range(len(product)):
         if found + width > room:
@@ -42,7 +44,7 @@ def scan_integers(
         for j in range(width):
             value = np.float32(product[b, j]) * scale[j] * unit
             marks[j] = value > bound[j] + above - reach * norm[j]
-        found = mark_pairs(marks, b, rows, columns, found)
+        found = mark_pairs(marks, first + b, rows, columns, found)
     return found
 
 
