@@ -27,8 +27,8 @@ ROWS = 128
 _SAMPLE, _FIT_EVERY = 256, 64
 # with fewer coordinates there is nothing to gain, and torch's product of one coordinate is wrong
 _NARROW = 16
-# one latent in so many may pass for nothing before another product is cheaper: at a width of 16,384, 176 pairs
-# a row undo what integers gain on bfloat16 (d_in 640), and about five times as many what they gain on fp32
+# one latent in so many may pass for nothing before another product is cheaper: at a width of 16,384, 176
+# pairs a row undo what integers gain on bfloat16 (d_in 640), and five times as many what they gain on fp32
 _WASTE = {torch.bfloat16: 128, None: 24}
 # rounding to integers, beside what is measured of it: sums of squares in fp32
 _UNIT_INT8 = 2.0**-10
