@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae import DictionaryConfig, JumpReLU
+from sae.kernels.cpu_forward import Forward
 from sae.sparse import SparseEncoder
 
 
@@ -84,3 +85,18 @@ def test_a_row_that_is_not_finite_leaves_the_others_alone():
     found = dense(SparseEncoder(dictionary).encode(x), 40)
     others = [r for r in range(30) if r not in (4, 9)]
     assert torch.equal(found[others], expected[others])
+
+
+def test_no_target_is_read_where_there_is_none(monkeypatch):
+    """A loop over targets that are not there would read whatever memory follows them."""
+    seen = []
+    begin = Forward.begin
+
+    def watched(step: Forward, rows_in: torch.Tensor, rows_out: torch.Tensor) -> None:
+        begin(step, rows_in, rows_out)
+        seen.append((step.y.shape, step.y_sum.shape, float(step.y_square)))
+
+    monkeypatch.setattr(Forward, "begin", watched)
+    dictionary = JumpReLU(DictionaryConfig(d_in=8, d_sae=16, site_in="blocks.0.hook_resid_post"))
+    SparseEncoder(dictionary).encode(torch.ones(5, 8, dtype=torch.float16))
+    assert seen == [((5, 0), (0,), 0.0)]

@@ -204,12 +204,14 @@ class Forward:
     def _prepare(self, rows_in: Tensor, rows_out: Tensor) -> None:
         """Scaled and centred rows, their norms, and in bfloat16 what the product reads."""
         n, low = self.batch, None if self.integers else self.screens.low_dtype
-        self.x, self.y = self._take("x", n, self.d_in), self._take("y", n, self.d_out)
+        # who only encodes has no targets, and gives rows of no width
+        width = rows_out.shape[1]
+        self.x, self.y = self._take("x", n, self.d_in), self._take("y", n, width)
         self.row_norm, self.row_error = self._take("row norm", n), self._take("row error", n)
         x_low = self._take("x low", n if low else 0, self.d_in, dtype=np.uint16)
         self.product_in = torch.from_numpy(x_low).view(low) if low else torch.from_numpy(self.x)
         parts = parts_of(n, ROWS)
-        y_sum, y_square = self._take("y sum", len(parts), self.d_out), np.empty(len(parts), self.dtype)
+        y_sum, y_square = self._take("y sum", len(parts), width), np.empty(len(parts), self.dtype)
         scales = self.dtype.type(self.scales[0]), self.dtype.type(self.scales[1])
         raw_in, raw_out = _raw(rows_in), _raw(rows_out)
 
