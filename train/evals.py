@@ -42,6 +42,7 @@ def evaluate(
     watch: Watch | None = None,
     progress: Progress | None = None,
     together: int = 0,
+    int8: Callable[[], Int8Vocabulary] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measures every dictionary on the same held-out blocks; one dict of plain JSON values per site.
 
@@ -60,7 +61,8 @@ def evaluate(
 
     A site's numbers depend on the others by their number alone: `together`, where some are elsewhere.
 
-    `watch` is shown what the first pass finds, for others who want it (the feature index).
+    `watch` is shown what the first pass finds, and `int8` gives the model's vocabulary in integers, for
+    others who want them too (the feature index).
 
     Raises UserError when the blocks hold no token that could be scored.
     """
@@ -86,7 +88,7 @@ def evaluate(
         report("reconstruction on held-out text", min(done, tokens), tokens)
     if not done:
         raise _no_text("no token")
-    vocabulary = loss_vocabulary(model, held * (1 + (together or len(dictionaries))))
+    vocabulary = loss_vocabulary(model, held * (1 + (together or len(dictionaries))), int8)
     losses = _spliced_losses(
         model, encoders, statistics, kept_for_losses, baseline_tokens, report, vocabulary
     )

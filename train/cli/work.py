@@ -6,7 +6,8 @@ and checked.
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from activations.blocks import Cursor, TokenBlocks, iter_blocks
 from activations.corpora import load_corpus
 from activations.exchange import owners
 from activations.harvest import RowBatch, Wanted, harvest_rows
+from activations.int8 import Int8Vocabulary
 from activations.models import LanguageModel, load_model
 from activations.precision import pick_dtype
 from activations.ranks import Ranks, alone
@@ -299,15 +301,22 @@ def measure(
     with hold(root, "indexing into") if index else contextlib.nullcontext():
         text = loaded.text(wanted, options.corpus)
         builder = IndexBuilder(loaded.model, loaded.dictionaries, root, text=text) if index else None
-        found = _measure(loaded, options, wanted, builder, ranks or alone())
+        # losses and index both read all of the vocabulary: it is turned into integers once
+        int8 = functools.cache(lambda: Int8Vocabulary.of(loaded.model))
+        found = _measure(loaded, options, wanted, builder, ranks or alone(), int8)
         if builder:
             with progress(unit="latents") as report:
-                builder.write(lambda done, total: report("feature index", done, total))
+                builder.write(lambda done, total: report("feature index", done, total), int8)
     return found
 
 
 def _measure(
-    loaded: LoadedRun, options: EvalOptions, wanted: int, builder: IndexBuilder | None, ranks: Ranks
+    loaded: LoadedRun,
+    options: EvalOptions,
+    wanted: int,
+    builder: IndexBuilder | None,
+    ranks: Ranks,
+    int8: Callable[[], Int8Vocabulary],
 ) -> dict[str, dict[str, Any]]:
     plan.tell_time(
         loaded.config,
@@ -328,6 +337,7 @@ def _measure(
                 watch=builder and builder.add,
                 progress=report,
                 together=len(loaded.owner),
+                int8=int8,
             )
             if loaded.dictionaries
             else {}

@@ -62,11 +62,14 @@ class Vocabulary:
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, model: HasUnembedding, n_directions: int = 0) -> "Vocabulary":
-        """For about so many directions."""
+    def of(
+        cls, model: HasUnembedding, n_directions: int = 0, make: Callable[[], Int8Vocabulary] | None = None
+    ) -> "Vocabulary":
+        """For about so many directions. `make` gives integers that are there already."""
         unembed = model.W_U
         many = n_directions >= _MIN_DIRECTIONS and unembed.shape[1] >= _VOCAB_CHUNK
-        int8 = Int8Vocabulary.of(model) if many and int8_is_fast(unembed.device) else None
+        fast = many and int8_is_fast(unembed.device)
+        int8 = (make() if make else Int8Vocabulary.of(model)) if fast else None
         mean = mean_column(unembed) if int8 is None else int8.mean
         gram = torch.zeros(len(unembed), len(unembed), dtype=torch.float64, device=unembed.device)
         for part in unembed.split(_GRAM_COLUMNS, dim=1):
