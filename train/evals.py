@@ -60,7 +60,6 @@ def evaluate(
     be had (one block has no standard error) is None.
 
     A site's numbers depend on the others by their number alone: `together`, where some are elsewhere.
-
     `watch` is shown what the first pass finds, and `int8` gives the model's vocabulary in integers, for
     others who want them too (the feature index).
 
@@ -88,10 +87,8 @@ def evaluate(
         report("reconstruction on held-out text", min(done, tokens), tokens)
     if not done:
         raise _no_text("no token")
-    vocabulary = loss_vocabulary(model, held * (1 + (together or len(dictionaries))), int8)
-    losses = _spliced_losses(
-        model, encoders, statistics, kept_for_losses, baseline_tokens, report, vocabulary
-    )
+    words = loss_vocabulary(model, held * (1 + (together or len(dictionaries))), int8)
+    losses = _spliced_losses(model, encoders, statistics, kept_for_losses, baseline_tokens, report, words)
     return {site: statistics[site].summary() | losses[site] for site in dictionaries}
 
 
