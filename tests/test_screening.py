@@ -29,12 +29,28 @@ def heavy_rows():
     return weights, x, x
 
 
+def at_the_edges(x, encoder, g):
+    """Thresholds that each put one row's pre-activation within 1e-6 of the gate or of an end of the window."""
+    (d_sae, d_in), half = encoder.shape, options().bandwidth / 2
+    picked = (x @ encoder.T)[torch.randint(0, len(x), (d_sae,), generator=g), torch.arange(d_sae)]
+    edge = torch.tensor([-half, 0.0, half])[torch.arange(d_sae) % 3]
+    side = 1e-6 * (torch.randint(0, 2, (d_sae,), generator=g) * 2 - 1)
+    weights = as_weights(
+        W_enc_t=encoder,
+        b_enc=torch.zeros(d_sae),
+        W_dec=F.normalize(torch.randn(d_sae, d_in, generator=g), dim=1),
+        b_in=torch.zeros(d_in),
+        b_dec=torch.zeros(d_in),
+        threshold=(picked + edge + side).clamp(min=0),
+        dtype=FULL,
+    )
+    return weights, x, x
+
+
 def rows_that_round_badly():
-    """Half the coordinates lose most in bfloat16, half gain most, and products nearly cancel; each latent's
-    threshold puts one row's pre-activation within 1e-6 of the gate or of an end of the window.
-    """
+    """Half the coordinates lose most in bfloat16, half gain most, and products nearly cancel."""
     g = torch.Generator().manual_seed(3)
-    d_in, batch, d_sae, half = 64, 200, 600, options().bandwidth / 2
+    d_in, batch, d_sae = 64, 200, 600
     sign = torch.randint(0, 2, (d_in,), generator=g) * 2.0 - 1
     falls, rises = 1 + 2**-8, 1 + 2**-8 + 2**-15  # the first is rounded to 1, the second to 1 + 2^-7
     first = torch.arange(d_in) < d_in // 2
@@ -44,47 +60,22 @@ def rows_that_round_badly():
         at = torch.randint(0, d_in, (len(matrix), 6), generator=g)
         change = 1 + 2**-4 * torch.randint(-8, 9, at.shape, generator=g)
         matrix.scatter_(1, at, change * matrix.gather(1, at))
-    picked = (x @ encoder.T)[torch.randint(0, batch, (d_sae,), generator=g), torch.arange(d_sae)]
-    edge = torch.tensor([-half, 0.0, half])[torch.arange(d_sae) % 3]
-    side = 1e-6 * (torch.randint(0, 2, (d_sae,), generator=g) * 2 - 1)
-    weights = as_weights(
-        W_enc_t=encoder,
-        b_enc=torch.zeros(d_sae),
-        W_dec=F.normalize(torch.randn(d_sae, d_in, generator=g), dim=1),
-        b_in=torch.zeros(d_in),
-        b_dec=torch.zeros(d_in),
-        threshold=(picked + edge + side).clamp(min=0),
-        dtype=FULL,
-    )
-    return weights, x, x
+    return at_the_edges(x, encoder, g)
 
 
 def rows_that_round_to_nothing(of_encoder: bool = False):
     """Rows with one large coordinate, beside which integers hold nothing of the others, and encoders that
-    integers hold exactly; or the other way round. All coordinates are equally large on average. Thresholds as
-    in `rows_that_round_badly`.
+    integers hold exactly; or the other way round. All coordinates are equally large on average.
     """
     g = torch.Generator().manual_seed(5)
-    d_in, batch, d_sae, half = 64, 192, 256, options().bandwidth / 2
+    d_in, batch, d_sae = 64, 192, 256
     sign = torch.randint(0, 2, (d_in,), generator=g) * 2.0 - 1
     sizes = 1 + torch.rand(batch, 1, generator=g) / 10, 1 + torch.rand(d_sae, 1, generator=g) / 10
     x, encoder = (
         size * sign * (0.0035 + torch.eye(d_in)[torch.arange(len(size)) % d_in]) if lossy else size * sign
         for size, lossy in zip(sizes, (not of_encoder, of_encoder), strict=True)
     )
-    picked = (x @ encoder.T)[torch.randint(0, batch, (d_sae,), generator=g), torch.arange(d_sae)]
-    edge = torch.tensor([-half, 0.0, half])[torch.arange(d_sae) % 3]
-    side = 1e-6 * (torch.randint(0, 2, (d_sae,), generator=g) * 2 - 1)
-    weights = as_weights(
-        W_enc_t=encoder,
-        b_enc=torch.zeros(d_sae),
-        W_dec=F.normalize(torch.randn(d_sae, d_in, generator=g), dim=1),
-        b_in=torch.zeros(d_in),
-        b_dec=torch.zeros(d_in),
-        threshold=(picked + edge + side).clamp(min=0),
-        dtype=FULL,
-    )
-    return weights, x, x
+    return at_the_edges(x, encoder, g)
 
 
 def encoders_that_round_to_nothing():

@@ -72,8 +72,8 @@ class Screens:
     def fit(self, weights: np.ndarray, rows: np.ndarray, workers: Workers) -> None:
         """Balances the coordinates of such rows and of the encoder, and turns it into integers anew."""
         every = max(1, len(weights) // _SAMPLE)
-        sizes = [np.sqrt(np.mean(np.square(part), axis=0)) for part in (rows[:_SAMPLE], weights[::every])]
-        with np.errstate(divide="ignore", invalid="ignore"):
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            sizes = [np.sqrt(np.mean(np.square(part), axis=0)) for part in (rows[:_SAMPLE], weights[::every])]
             ratio = np.sqrt(sizes[0] / sizes[1])
         self.divide[:] = np.where((ratio > 0) & np.isfinite(ratio), ratio, 1)
         self.renew(weights, workers)

@@ -61,8 +61,8 @@ def show(
     """Measures for some seconds, with the model of the run, or None for a store; prints the plan.
 
     Of several ranks each measures, and the first prints what each will take; without them the plan is that
-    of the first rank of a `world`. Raises UserError, on all, when
-    the run does not fit --memory, the disk, or a machine with all its ranks.
+    of the first rank of a `world`. Raises UserError, on all, when the run does not fit --memory, the disk, or
+    a machine with all its ranks.
     """
     from train.measure import measure
 
