@@ -30,7 +30,7 @@ def heavy_rows():
 
 
 def at_the_edges(x, encoder, g):
-    """Thresholds that each put one row's pre-activation within 1e-6 of the gate or of an end of the window."""
+    """Thresholds that put one row's pre-activation within 1e-6 of the gate or of an end of the window."""
     (d_sae, d_in), half = encoder.shape, options().bandwidth / 2
     picked = (x @ encoder.T)[torch.randint(0, len(x), (d_sae,), generator=g), torch.arange(d_sae)]
     edge = torch.tensor([-half, 0.0, half])[torch.arange(d_sae) % 3]
