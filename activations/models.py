@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from activations.convert import quiet
+from activations.norms import PlainNorms
 from activations.precision import pick_device, pick_dtype
 from activations.shapes import ModelShape, model_shape
 from activations.sites import KINDS, kind_of, layer_of, site_name
@@ -71,7 +71,7 @@ class LanguageModel:
         self._norm: nn.Module = bridge.ln_final.original_component
         self._softcap: float | None = getattr(config, "final_logit_softcapping", None)
         self._logit_scale = _logit_scale(config)
-        self._norms = [module for module in bridge.modules() if _computes_twice(module)]
+        self._norms = PlainNorms(bridge)
         self._points: dict[str, nn.Module] = {}
         hooks = self.bridge.hook_dict
         for site in (site_name(layer, kind) for layer in range(self.n_layers) for kind in KINDS):
@@ -145,23 +145,8 @@ class LanguageModel:
         if tokens.shape[1] > self.max_context:
             must = f"{self.name} reads at most {self.max_context} tokens at once"
             raise UserError(must, f"{tokens.shape[1]} tokens", "use a shorter context")
-        with torch.inference_mode(not gradients), self._plain_norms():
+        with torch.inference_mode(not gradients), self._norms.standing_in():
             return self._body(tokens.to(self.device), use_cache=False).last_hidden_state
-
-    @contextmanager
-    def _plain_norms(self) -> Iterator[None]:
-        """Within it the norms that nobody hooks are the model's own, with the same bits.
-
-        The bridge computes each norm twice, once for its hooks: 7 % of a forward pass of Gemma 3 270M.
-        """
-        plain = [norm for norm in self._norms if not any(map(_is_hooked, norm.modules()))]
-        try:
-            for norm in plain:
-                norm.__dict__["forward"] = norm.original_component
-            yield
-        finally:
-            for norm in plain:
-                norm.__dict__.pop("forward", None)
 
     @contextmanager
     def watching(self, watchers: Mapping[str, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
@@ -295,18 +280,6 @@ def _boot(hf_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, weight:
     except ValueError as error:
         must = "TransformerLens must have a bridge for the model's architecture"
         raise UserError(must, f"{architecture}, for which it has none", "choose another model") from error
-
-
-def _computes_twice(module: nn.Module) -> bool:
-    """Whether it is a norm of the bridge that gives the wrapped norm's own output."""
-    native = getattr(module, "use_native_layernorm_autograd", False) or getattr(
-        getattr(module, "config", None), "layer_norm_folding", False
-    )
-    return isinstance(module, NormalizationBridge) and bool(native)
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def _as_hook(watcher: Callable[[Tensor], Tensor | None]) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:

@@ -78,7 +78,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     The copy on disk goes by the contents of the function's own file: who changes a loop that another file's
     loops call must delete the copies (__pycache__/*.nb?) or change that file too.
     """
-    options = {"nogil": True, "error_model": "numpy", "fastmath": _FLAGS}
+    return _compiled(function, _FLAGS)
+
+
+def compiled_as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`compiled`, every operation in its order: for loops that must give another program's bits."""
+    return _compiled(function, set())
+
+
+def _compiled(function: Callable[..., Any], flags: set[str]) -> Callable[..., Any]:
+    options = {"nogil": True, "error_model": "numpy", "fastmath": flags}
     # tests wrap every function to check its arguments; numba wants the function itself
     function = inspect.unwrap(function)
     try:
