@@ -28,7 +28,7 @@ class PlainNorms:
 
     @contextmanager
     def standing_in(self) -> Iterator[list[nn.Module]]:
-        """Within it, norms whose insides nobody hooks are the model's own, with the same bits; gives those."""
+        """Within it, norms whose insides nobody hooks, given, are the model's own, bit for bit."""
         plain = [norm for norm in self._norms if not _is_hooked_inside(norm)]
         try:
             for norm in plain:
