@@ -111,7 +111,8 @@ def _one_site(config: TrainConfig, site: str, rows: Float[Tensor, "row d_in"], k
     begun = dataclasses.replace(config, l0_start=1.0, width=width, l0=min(config.l0, width), shard_latents=1)
     trainer = SiteTrainer.begin(begun, site, statistics.result(), rows[:_FIRST_ROWS], kernel)
     batch = rows[torch.arange(config.batch, device=rows.device) % len(rows)]
-    trainer.step(batch, 0.5)  # compiles
+    for _ in range(2):  # both compile: the second may take another product, where the first let too much pass
+        trainer.step(batch, 0.5)
     trainer.metrics()  # device sync
     start, count, elapsed = time.perf_counter(), 0, 0.0
     while elapsed < _LONG_ENOUGH and count < _OFTEN_ENOUGH:

@@ -182,7 +182,8 @@ class DemoOptions:
     """auto, cpu or cuda."""
     held_out_tokens: Count = 16_384
     """Held-out tokens for L0, FVU, dead latents and the feature index."""
-    loss_tokens: Count = 1_024
+    # four blocks of the default context, special tokens out, where 1,024 would take a fifth
+    loss_tokens: Count = 1_000
     """Tokens, of these, for the loss with each dictionary in the model."""
     out: str = ""
     """Run folder to create. Empty: runs/demo, which is opened again once it is finished."""
