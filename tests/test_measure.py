@@ -22,6 +22,6 @@ class Compiling(CpuKernel):
 
 
 def test_compiling_is_not_counted():
-    config = TrainConfig(model="none", width=64, l0=4, batch=32, tokens=1000)
+    config = TrainConfig(model="none", width=64, l0=4.0, batch=32, tokens=1000)
     rows = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
-    assert _one_site(config, "blocks.0.hook_resid_post", rows, Compiling()) < 0.1
+    assert _one_site(config, "blocks.0.hook_resid_post", rows, Compiling()) < 0.25
