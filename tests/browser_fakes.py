@@ -85,7 +85,7 @@ def served(folders, scratch, port=None):
             yield url
         finally:
             server.terminate()
-            server.wait(20)
+            server.wait(180)
 
 
 @contextlib.contextmanager
