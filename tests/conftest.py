@@ -1,5 +1,6 @@
 """Models for tests: tiny ones with random weights, built here, and the real Gemma 3 270M, loaded once."""
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,12 @@ import transformers
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as tokenizer_models
 
-from activations.models import LanguageModel, load_model
+# while jaxtyping loads a module of ours, compiled code of whatever that imports is looked for under a name of
+# jaxtyping's, and not found: the large ones come first
+for large in ("beartype", "numba", "transformer_lens"):
+    importlib.import_module(large)
+
+from activations.models import LanguageModel, load_model  # noqa: E402
 
 # machines that run tests are slow at times, and no test is about time
 hypothesis.settings.register_profile("jumpscope", deadline=None)

@@ -1,7 +1,7 @@
 """What axe-core finds on every page in a real browser, and a walk through the header by keyboard."""
 
 import pytest
-from browser_fakes import NEEDS_BROWSER, settled, watched
+from browser_fakes import NEEDS_BROWSER, settled, tried, tried_until, watched
 from viewer_fakes import SITES
 
 from viewer.app.shell import PAGES
@@ -14,6 +14,8 @@ def drawn(tab, page):
     tab.goto(f"/{PAGES[page]}?run=mine")
     tab.locator(f'nav a[aria-current="page"]:has-text("{page.capitalize()}")').wait_for()
     settled(tab)
+    # what was drawn anew fades in, and is hard to read until then
+    tab.wait_for_function("document.getAnimations().every(a => a.playState !== 'running')")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -35,20 +37,27 @@ def test_pages_and_runs_are_reached_by_keyboard(browser, address):
     with watched(browser, address, width=1280) as tab:
         drawn(tab, "overview")
         link = tab.locator("nav a", has_text="Features")
-        link.focus()
-        tab.keyboard.press("Shift+Tab")
-        tab.keyboard.press("Tab")
-        shown = link.evaluate("a => [document.activeElement === a, getComputedStyle(a).outlineStyle]")
-        assert shown == [True, "solid"]
-        tab.keyboard.press("Enter")
+
+        def reached():
+            link.focus()
+            tab.keyboard.press("Shift+Tab")
+            tab.keyboard.press("Tab")
+            shown = link.evaluate("a => [document.activeElement === a, getComputedStyle(a).outlineStyle]")
+            assert shown == [True, "solid"]
+            tab.keyboard.press("Enter")
+
+        tried_until(lambda: tried(reached), tab.locator("nav a[aria-current]", has_text="Features"))
         tab.wait_for_url("**/features?run=mine*")
-        tab.goto(f"/feature?run=mine&site={SITES[1]}&latent=5")
-        tab.locator("summary", has_text="Run: mine").focus()
-        tab.keyboard.press("Enter")
-        tab.keyboard.press("Tab")
-        tab.keyboard.press("Tab")
-        tab.keyboard.press("Enter")
-        # the same latent of the other run
-        tab.wait_for_url(f"**/feature?run=other&site={SITES[1]}&latent=5")
+
+        def other_run():
+            tab.goto(f"/feature?run=mine&site={SITES[1]}&latent=5")
+            settled(tab)
+            tab.locator("summary", has_text="Run: mine").focus()
+            for key in ("Enter", "Tab", "Tab", "Enter"):
+                tab.keyboard.press(key)
+            # the same latent of the other run
+            tab.wait_for_url(f"**/feature?run=other&site={SITES[1]}&latent=5", timeout=6_000)
+
+        tried(other_run)
         tab.locator("summary", has_text="Run: other").wait_for()
         tab.wait_for_function("document.title === 'Feature · other · jumpscope'")

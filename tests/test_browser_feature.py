@@ -1,7 +1,8 @@
 """The feature and features pages in a real browser: keys, the label dialog, values, copying, search."""
 
 import pytest
-from browser_fakes import NEEDS_BROWSER, settled, tried_until, watched
+from browser_fakes import NEEDS_BROWSER, settled, tried, tried_until, watched
+from playwright.sync_api import expect
 from viewer_fakes import SITES, fake_run
 
 import viewer
@@ -43,12 +44,18 @@ def test_a_label_is_written_by_keyboard_alone(tab, folder):
     settled(tab)
     box = tab.get_by_role("dialog").get_by_label("Label", exact=True)
     tried_until(lambda: tab.keyboard.press("e"), box)
-    box.fill("")
-    # d and the arrows are the page's keys, but not in a box
-    tab.keyboard.type("dead leaves")
-    tab.keyboard.press("ArrowLeft")
-    tab.keyboard.press("Control+Enter")
-    tab.locator(".js-label", has_text="dead leaves").wait_for()
+
+    def written():
+        settled(tab)
+        box.fill("", timeout=6_000)
+        # d and the arrows are the page's keys, but not in a box
+        tab.keyboard.type("dead leaves")
+        expect(box).to_have_value("dead leaves")
+        tab.keyboard.press("ArrowLeft")
+        expect(box).to_have_value("dead leaves")
+
+    tried(written)
+    tried_until(lambda: tab.keyboard.press("Control+Enter"), tab.locator(".js-label", has_text="dead leaves"))
     heading(tab, "0 resid_post · 5")
     assert viewer.open(folder).layer(0)[5].label == "dead leaves"
     tab.get_by_role("dialog").wait_for(state="detached")
@@ -59,18 +66,27 @@ def test_values_show_on_hover_and_focus(tab, folder):
     tab.goto(f"/feature?site={SITES[0]}&latent={feature.latent}")
     example = tab.locator(".js-ex").first
     example.wait_for()
+    settled(tab)
     said = "(s => getComputedStyle(s, '::after').content)"
     peak = example.locator(".js-on").first
     assert peak.evaluate(said) == "none"
-    peak.hover()
-    assert peak.get_attribute("data-v") in peak.evaluate(said)
+
+    def hovered():
+        peak.hover(timeout=6_000)
+        assert peak.get_attribute("data-v") in peak.evaluate(said)
+
+    tried(hovered)
     # all but the peak, whose value stands beside it always
     others = tab.locator(".js-ex:has(.js-on:not(.js-peak))").first
-    others.focus()
-    tab.mouse.move(0, 0)
-    shown = others.locator(".js-on:not(.js-peak)").evaluate_all(f"spans => spans.map({said})")
-    values = others.locator(".js-on:not(.js-peak)").evaluate_all("spans => spans.map(s => s.dataset.v)")
-    assert shown == [f'"{value}"' for value in values]
+
+    def focused():
+        others.focus()
+        tab.mouse.move(0, 0)
+        pairs = f"spans => spans.map(s => [{said}(s), s.dataset.v])"
+        shown = others.locator(".js-on:not(.js-peak)").evaluate_all(pairs)
+        assert shown and all(text == f'"{value}"' for text, value in shown)
+
+    tried(focused)
 
 
 def test_the_link_to_copy_is_copied(tab, address):
@@ -78,7 +94,7 @@ def test_the_link_to_copy_is_copied(tab, address):
     tab.goto(f"/feature?site={SITES[0]}&latent=5")
     link = tab.get_by_role("link", name="Copy link")
     settled(tab)
-    tried_until(link.click, tab.get_by_role("link", name="Copied"))
+    tried_until(lambda: link.click(timeout=6_000), tab.get_by_role("link", name="Copied"))
     copied = tab.evaluate("navigator.clipboard.readText()")
     assert copied == f"{address}/feature?run=mine&site={SITES[0]}&latent=5"
     link.wait_for()
@@ -91,19 +107,23 @@ def test_a_search_leads_to_a_feature_and_back(tab, folder):
     tab.goto("/features")
     tab.locator(".js-list tbody tr").first.wait_for()
     box = tab.get_by_label("Search", exact=True)
-    box.fill(word)
-    box.press("Enter")
-    tab.wait_for_url(f"**/features?run=mine&q={word}")
+
+    def searched():
+        settled(tab)
+        box.fill(word)
+        box.press("Enter")
+        tab.wait_for_url(f"**/features?run=mine&q={word}", timeout=6_000)
+
+    tried(searched)
     best = run.find(text=word).iloc[0]
     place = f"{best['layer']} resid_post · {best['latent']}"
     settled(tab)
     first = tab.locator(".js-list tbody tr").first.get_by_role("link", name=place)
-    first.click()
-    heading(tab, place)
+    tried_until(lambda: first.click(timeout=6_000), tab.get_by_role("heading", name=place, exact=True))
     settled(tab)
     tab.go_back()
     tab.get_by_role("heading", name="Features").wait_for()
     first.wait_for()
-    settled(tab)
-    tab.locator(".js-list thead").get_by_role("link", name="density").click()
-    tab.locator("th[aria-sort=descending]", has_text="density").wait_for()
+    density = tab.locator(".js-list thead").get_by_role("link", name="density")
+    falling = tab.locator("th[aria-sort=descending]", has_text="density")
+    tried_until(lambda: density.click(timeout=6_000), falling)

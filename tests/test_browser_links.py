@@ -3,7 +3,7 @@
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
-from browser_fakes import NEEDS_BROWSER, settled, where
+from browser_fakes import NEEDS_BROWSER, settled, tried, tried_until, where
 from playwright.sync_api import TimeoutError
 from viewer_fakes import SITES
 
@@ -23,10 +23,10 @@ def kind_of(link):
 def links_of(tab, which="a[data-js-link]:visible"):
     """One of these links for each kind that leads elsewhere."""
     found = {}
-    for link in tab.locator(which).all():
-        target = link.get_attribute("href")
-        if kind_of(target) not in found and link.get_attribute("aria-current") is None:
-            found[kind_of(target)] = target
+    # all at one moment: they may be drawn anew between two questions
+    elsewhere = "links => links.filter(a => !a.hasAttribute('aria-current')).map(a => a.getAttribute('href'))"
+    for target in tab.locator(which).evaluate_all(elsewhere):
+        found.setdefault(kind_of(target), target)
     return found
 
 
@@ -44,6 +44,7 @@ def at(tab, target):
             "([path, wanted]) => location.pathname === path && wanted.every(([name, value]) =>"
             " new URLSearchParams(location.search).get(name) === value)",
             arg=[path, wanted],
+            timeout=30_000,
         )
     except TimeoutError:
         return False
@@ -74,33 +75,40 @@ def test_every_kind_of_link_leads_where_it_says_and_back(tab, page):
     # the other pages are in the header of each, the same on all: followed on the first alone
     assert {path for path, _ in links} >= {name or "." for name in PAGES.values()} - {PAGES[page] or "."}
     for target in (links if page == "overview" else own).values():
-        # again where it was lost: on a busy machine Streamlit may set an address late, over a newer one
-        reached = followed(tab, target) or (tab.goto(shown) and followed(tab, target))
-        assert reached, (target, tab.url)
-        tab.go_back()
-        # once: a link is one entry in the history
-        assert at(tab, shown), (target, shown, tab.url)
+
+        def there_and_back(target=target):
+            # from the start where it was lost: when busy, Streamlit may set an address late, over a newer one
+            if tab.url != shown:
+                tab.goto(shown)
+            settled(tab)
+            assert followed(tab, target), (target, tab.url)
+            tab.go_back()
+            # once: a link is one entry in the history
+            assert at(tab, shown), (target, shown, tab.url)
+
+        tried(there_and_back)
 
 
 def test_back_forward_and_reload_keep_what_is_shown(tab, folders):
     site = viewer.open(folders[0]).layer(1)
     live = site.live().tolist()
     tab.goto(where("feature", latent=live[0]))
-    titles = [f"1 resid_post · {latent}" for latent in live[:3]]
-    tab.get_by_role("heading", name=titles[0], exact=True).wait_for()
+    titles = [tab.get_by_role("heading", name=f"1 resid_post · {latent}", exact=True) for latent in live[:3]]
+    titles[0].wait_for()
     for title in titles[1:]:
-        settled(tab)
         tab.get_by_role("button", name="Next").wait_for()
-        tab.keyboard.press("ArrowRight")
-        tab.get_by_role("heading", name=title, exact=True).wait_for()
+        tried_until(lambda: tab.keyboard.press("ArrowRight"), title)
     settled(tab)
     tab.go_back()
-    tab.get_by_role("heading", name=titles[1], exact=True).wait_for()
+    titles[1].wait_for()
+    settled(tab)
     tab.go_forward()
-    tab.get_by_role("heading", name=titles[2], exact=True).wait_for()
+    titles[2].wait_for()
+    settled(tab)
     tab.reload()
-    tab.get_by_role("heading", name=titles[2], exact=True).wait_for()
+    titles[2].wait_for()
     tab.locator(".js-ex").first.wait_for()
+    settled(tab)
     assert dict(query_of(tab)) == {"run": "mine", "site": SITES[1], "latent": str(live[2])}
 
 
@@ -125,6 +133,10 @@ def test_a_walk_with_the_keyboard_alone(tab):
         ("a[href^='feature?']", "Enter", "feature?run=mine"),
     ]
     for selector, key, target in walk:
-        to(selector)
-        tab.keyboard.press(key)
-        assert at(tab, target), (selector, tab.url)
+
+        def step(selector=selector, key=key, target=target):
+            to(selector)
+            tab.keyboard.press(key)
+            assert at(tab, target), (selector, tab.url)
+
+        tried(step)

@@ -1,6 +1,9 @@
 """The viewer in a real browser: addresses outlive a restart, and visitors do not see one another's."""
 
+import re
+
 from browser_fakes import NEEDS_BROWSER, free_port, served, settled, watched, where
+from playwright.sync_api import expect
 from viewer_fakes import SITES
 
 import viewer
@@ -18,6 +21,7 @@ def test_addresses_survive_a_restart(browser, folders, tmp_path):
         settled(tab)
         tab.goto(where("compare", show="new", cosine="0.9"))
         tab.locator(".js-tabs [aria-current]", has_text="Only in mine").wait_for()
+        settled(tab)
         kept = tab.url
     # the first thing that the new server is asked for
     with served(folders, tmp_path / "b", port) as url, watched(browser, url) as tab:
@@ -40,7 +44,7 @@ def test_several_at_once_each_see_their_own(browser, address, folders):
             for number, tab in enumerate(tabs):
                 latent = live[(number + move) % len(live)]
                 tab.get_by_role("heading", name=f"0 resid_post · {latent}", exact=True).wait_for()
-                assert tab.title().startswith("Feature")
+                expect(tab).to_have_title(re.compile("^Feature"), timeout=30_000)
                 if not move:
                     following = live[(number + 1) % len(live)]
                     tab.goto(where("feature", site=SITES[0], latent=following), wait_until="commit")

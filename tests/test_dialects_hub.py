@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import threading
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -158,6 +159,8 @@ def test_the_cache_serves_without_a_network(hub, monkeypatch):
     assert dialects.read(text).source == first.source == text
     assert not [path for command, path in hub.asked[asked:] if command == "GET" and "/resolve/" in path]
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    # the hub's own client asks again and again, and sleeps for a minute in between
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     again = dialects.read(text)
     assert again.cfg == first.cfg
     with pytest.raises(UserError, match=r"no dictionary 'layer_20/width_65k/average_l0_114'"):

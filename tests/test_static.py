@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from browser_fakes import NEEDS_BROWSER, chromium, watched
+from browser_fakes import NEEDS_BROWSER, chromium, tried, watched
 from viewer_fakes import D_SAE, SITES, fake_run
 
 import viewer
@@ -167,31 +167,38 @@ def test_what_has_no_index_says_what_to_do(tmp_path, capsys):
 def test_pages_open_from_the_disk_sort_filter_and_lead_on(run, tmp_path):
     out = tmp_path / "pages"
     write_pages(run, out, sites=SITES)
-    latents = run.layer(0).latents()
+    latents, first = run.layer(0).latents(), int(run.layer(0).live()[0])
     with chromium() as browser, watched(browser, "file://") as tab:
-        shown = lambda: [int(text) for text in tab.locator("tbody a").all_inner_texts()]  # noqa: E731
+
+        def shows(latents):
+            def step():
+                assert [int(text) for text in tab.locator("tbody a").all_inner_texts()] == latents
+
+            tried(step)
+
         tab.goto((out / "index.html").as_uri())
         tab.get_by_role("link", name="0 resid_post").click()
-        assert shown() == list(range(D_SAE))
+        shows(list(range(D_SAE)))
         tab.get_by_role("button", name="density").press("Enter")
         falling = latents.sort_values("density", ascending=False, kind="stable")["latent"].tolist()
-        assert shown() == falling
+        shows(falling)
         assert tab.locator("th[aria-sort=descending]").inner_text().startswith("density")
         tab.get_by_role("button", name="density").click()
-        assert shown() == latents.sort_values("density", kind="stable")["latent"].tolist()
+        shows(latents.sort_values("density", kind="stable")["latent"].tolist())
         tab.get_by_label("Filter").fill("<IMG onerror")
-        assert shown() == [int(run.layer(0).live()[0])]
+        shows([first])
         assert "1 of 1" in tab.locator("output").inner_text()
         tab.locator("tbody a").click()
-        tab.get_by_role("heading", level=1).wait_for()
+        # each loaded before the next key: its script listens for it
+        tab.wait_for_url(f"**/{first}.html")
         tab.keyboard.press("ArrowRight")
-        tab.wait_for_url(f"**/{int(run.layer(0).live()[0]) + 1}.html")
+        tab.wait_for_url(f"**/{first + 1}.html")
         tab.keyboard.press("ArrowLeft")
-        tab.wait_for_url(f"**/{int(run.layer(0).live()[0])}.html")
+        tab.wait_for_url(f"**/{first}.html")
         for latent in range(D_SAE):
             tab.goto((out / SITES[0] / f"{latent}.html").as_uri())
             assert tab.evaluate("window.pwned") is None and tab.locator("img").count() == 0
             assert tab.evaluate("document.documentElement.scrollWidth") <= 390
         # the table is found again as it was left
         tab.goto((out / SITES[0] / "index.html").as_uri() + "#by=3&falling=1&q=live")
-        assert shown() == [n for n in falling if latents["state"][n] == "live"]
+        shows([n for n in falling if latents["state"][n] == "live"])
