@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sae.kernels.cpu_loops import compiled
+from sae.kernels.compiled import compiled
 
 # a window of so many tokens either side of the peak tells whether two examples are the same text
 _NEAR = 5

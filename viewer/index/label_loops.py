@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sae.kernels.cpu_loops import compiled
+from sae.kernels.compiled import compiled
 
 # more than the logarithm of any share of rows
 _MOST_BITS = 64.0
