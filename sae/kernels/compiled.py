@@ -31,7 +31,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Copies(FunctionCache):
-    """Copies on disk of one loop; numba's own go by the loop's file alone, and miss what it calls elsewhere."""
+    """Copies on disk of one loop. Those of numba go by its own file alone, whatever it calls elsewhere."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
