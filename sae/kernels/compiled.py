@@ -26,7 +26,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     function = inspect.unwrap(function)
     loop = njit(nogil=True, error_model="numpy", fastmath=_FLAGS)(function)
     with contextlib.suppress(RuntimeError):  # no folder for copies: compile in every process
-        loop._cache = _Copies(function)
+        loop._cache = _Copies(function)  # pyright: ignore[reportAttributeAccessIssue]
     return loop
 
 

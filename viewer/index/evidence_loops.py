@@ -289,8 +289,9 @@ def _add_common_bits(bits, first, counts):
                 own, count = bits[w : w + WORDS, first + n], counts[n, span]
                 own_a, own_b, own_c, own_d = own[0], own[1], own[2], own[3]
                 for i in range(len(count)):
-                    common = _ones(own_a & a[i]) + _ones(own_b & b[i]) + _ones(own_c & c[i])
-                    count[i] += np.int32(common + _ones(own_d & d[i]))
+                    common = _ones(own_a & a[i]) + _ones(own_b & b[i])  # pyright: ignore[reportCallIssue]
+                    common += _ones(own_c & c[i]) + _ones(own_d & d[i])  # pyright: ignore[reportCallIssue]
+                    count[i] += np.int32(common)
 
 
 @compiled
@@ -298,9 +299,9 @@ def _add_common_rows(first, last, row, row_starts, row_ends, latent, count):
     """Adds to `count` how often each latent fires on the rows of some firings."""
     for k in range(first, last):
         coming = row[min(k + _AHEAD, last - 1)]
-        _ask_for(latent, row_starts[coming])
-        _ask_for(latent, row_starts[coming] + _LINE)
-        _ask_for(row_starts, np.int64(row[min(k + 2 * _AHEAD, last - 1)]))
+        _ask_for(latent, row_starts[coming])  # pyright: ignore[reportCallIssue]
+        _ask_for(latent, row_starts[coming] + _LINE)  # pyright: ignore[reportCallIssue]
+        _ask_for(row_starts, np.int64(row[min(k + 2 * _AHEAD, last - 1)]))  # pyright: ignore[reportCallIssue]
         for other in latent[row_starts[row[k]] : row_ends[row[k]]]:
             # of an unsigned number numba does not ask whether it counts from the end
             count[np.uint64(other)] += np.int32(1)
