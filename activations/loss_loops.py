@@ -5,7 +5,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from sae.kernels.cpu_loops import compiled
+from sae.kernels.compiled import compiled
 
 _LANES = 64
 _LOG2_E = np.float32(1.4426950408889634)

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from sae.kernels.cpu_loops import bfloat16_bits, compiled_as_written, widened
+from sae.kernels.compiled import compiled_as_written
+from sae.kernels.cpu_loops import bfloat16_bits, widened
 
 
 @compiled_as_written

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from viewer.index import evidence
 from viewer.index.evidence import BANDS, EXAMPLES_PER_BAND, TextRows, band_edges, gather_evidence
 from viewer.index.evidence_loops import scramble
 from viewer.index.firings import RowLists, Texts
@@ -172,10 +173,13 @@ def test_drivers_equal_dense_sums(problem):
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems())
-def test_cofiring_equals_the_correlation_of_firing_with_firing(problem):
+@given(problems(), st.sampled_from([0, 0.4, 1]))
+def test_cofiring_equals_the_correlation_of_firing_with_firing(problem, crowded):
     texts, acts = problem
-    found = gather(texts, acts)
+    # crowded rows are counted as bits, the others as lists: all, some, none
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "_CROWDED", crowded)
+        found = gather(texts, acts)
     fires = (acts > 0).astype(np.float64)
     together = fires.T @ fires
     for latent in range(acts.shape[1]):
@@ -191,6 +195,21 @@ def test_cofiring_equals_the_correlation_of_firing_with_firing(problem):
         for row in rows:
             assert row["value"] == pytest.approx(phi[row["other"]], abs=1e-6)
             assert row["count"] == together[latent, row["other"]]
+
+
+def test_cofiring_of_many_latents_equals_products():
+    # more crowded rows than a group of words has bits, and latents in several blocks
+    random = np.random.default_rng(0)
+    crowd = np.where(np.arange(400) % 2, 0.2, 0.005)[:, None]
+    acts = (random.random((400, 2500)) < crowd).astype(np.float32)
+    number = np.arange(400)
+    texts = Texts(
+        np.zeros((1, 400), np.int32), number[None], np.zeros((1, 400), np.int32), np.ones((1, 400), bool)
+    )
+    found = gather(texts, acts).cofiring
+    together = acts.T @ acts
+    assert np.array_equal(found["count"], together[found["latent"], found["other"]])
+    assert len(found["count"]) > 20_000
 
 
 def _correlation(a, b):

@@ -12,7 +12,8 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from sae.kernels.cpu_loops import as_bits, as_float, bfloat16_bits, compiled, mark_pairs, widened
+from sae.kernels.compiled import compiled
+from sae.kernels.cpu_loops import as_bits, as_float, bfloat16_bits, mark_pairs, widened
 
 # a row of smaller numbers counts as rounded to nothing: their scale would have no inverse
 _TINY = 1e-30

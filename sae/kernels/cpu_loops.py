@@ -5,17 +5,14 @@ Arrays are of the weights' dtype unless said otherwise, and so are single number
 turn a loop into double precision. Every sum has a fixed order, so results do not depend on threads.
 """
 
-import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic, overload
 
-# sums may be reordered when compiled, which makes them vectors; infinities and NaN keep their meaning
-_FLAGS = {"contract", "reassoc", "nsz"}
+from sae.kernels.compiled import compiled
 
 
 class Numbers(NamedTuple):
@@ -70,30 +67,6 @@ class Screen(NamedTuple):
     """Of integers, what they are to be multiplied by; then w is what it is times `divide`."""
     divide: Any
     """For each coordinate of integers (`cpu_int8`)."""
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Machine code without the interpreter's lock, kept on disk where there is a place to write.
-
-    The copy on disk goes by the contents of the function's own file: who changes a loop that another file's
-    loops call must delete the copies (__pycache__/*.nb?) or change that file too.
-    """
-    return _compiled(function, _FLAGS)
-
-
-def compiled_as_written(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled`, every operation in its order: for loops that must give another program's bits."""
-    return _compiled(function, set())
-
-
-def _compiled(function: Callable[..., Any], flags: set[str]) -> Callable[..., Any]:
-    options = {"nogil": True, "error_model": "numpy", "fastmath": flags}
-    # tests wrap every function to check its arguments; numba wants the function itself
-    function = inspect.unwrap(function)
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder for the cache: compile in every process
-        return njit(**options)(function)
 
 
 @intrinsic

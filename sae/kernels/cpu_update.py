@@ -2,8 +2,9 @@
 
 import numpy as np
 
+from sae.kernels.compiled import compiled
 from sae.kernels.cpu_int8 import renew_screen
-from sae.kernels.cpu_loops import add, add4, compiled, dot, dot4
+from sae.kernels.cpu_loops import add, add4, dot, dot4
 
 
 @compiled

@@ -24,6 +24,11 @@ DENSE = 0.1
 """A latent that fires on more of the tokens than this is dense."""
 # latents worked on together, and the fewest parts to share out among the cores
 _LATENTS, _PARTS = 256, 8
+# rows on which more of the latents fire than this are counted as bits: all pairs of latents on 512 rows cost
+# about as much as the pairs that fire on one such row
+_CROWDED = 1 / 32
+# latents counted together, whose bits are then read once
+_TOGETHER = 8
 
 
 class TextRows:
@@ -220,9 +225,16 @@ def _drivers(firings: Firings, rows: TextRows, total: np.ndarray) -> dict[str, n
 
 
 def _cofiring(firings: Firings, lists: RowLists) -> dict[str, np.ndarray]:
-    from viewer.index.evidence_loops import find_cofiring
+    from viewer.index.evidence_loops import WORDS, find_cofiring, set_bits
 
     d_sae, n_rows = len(firings), len(lists)
+    crowded = np.flatnonzero(np.diff(lists.starts) > _CROWDED * d_sae)
+    bits = np.zeros((-(-len(crowded) // (32 * WORDS)) * WORDS, d_sae), np.uint32)
+    set_bits(crowded, lists.starts, lists.latent, bits)
+    ends = lists.starts[1:].copy()
+    ends[crowded] = lists.starts[crowded]
+    # half as much to fetch
+    latent = lists.latent.astype(np.uint16) if d_sae <= 2**16 else lists.latent
     number = (firings.starts[1:] - firings.starts[:-1]).astype(np.float64)
     variance = number * (n_rows - number)
     spread = np.where(variance > 0, 1 / np.sqrt(np.maximum(variance, 1)), 0)
@@ -231,15 +243,15 @@ def _cofiring(firings: Firings, lists: RowLists) -> dict[str, np.ndarray]:
 
     def find(part: range) -> None:
         find_cofiring(
-            part.start, part.stop, firings.starts, firings.row, lists.starts, lists.latent, spread,
+            part.start, part.stop, firings.starts, firings.row, lists.starts, ends, latent, bits, spread,
             n_rows, COFIRING_ROWS, others, phi, together,
-            np.zeros(d_sae, np.int32), np.empty(d_sae), np.empty(COFIRING),
+            np.zeros((_TOGETHER, d_sae), np.int32), np.empty(d_sae), np.empty(COFIRING),
         )  # fmt: skip
 
     _over(d_sae, find)
-    latent, rank = where = np.nonzero(others >= 0)
+    which, rank = where = np.nonzero(others >= 0)
     return {
-        "latent": latent.astype(np.int32),
+        "latent": which.astype(np.int32),
         "rank": rank.astype(np.int32),
         "other": others[where],
         "value": phi[where],

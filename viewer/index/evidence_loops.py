@@ -5,13 +5,23 @@ Every sum runs over a latent's own firings in the order of the rows, so nothing 
 """
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
-from sae.kernels.cpu_loops import compiled
+from sae.kernels.compiled import compiled
 
 # a window of so many tokens either side of the peak tells whether two examples are the same text
 _NEAR = 5
 # scores looked at together; only a span that holds a new one is looked at one by one
 _SPAN = 128
+# rows whose latents are asked for before they are counted: the time of so many is what memory takes to answer
+_AHEAD = 8
+# latents in a line of a processor's cache, roughly
+_LINE = 32
+# words of bits taken together, and latents whose counts meanwhile stay in the cache
+WORDS = 4
+_LATENTS = 2048
 
 
 @compiled
@@ -230,36 +240,104 @@ def _rank_all(score, values, chosen):
                 _rank(part[i], first + i, values, chosen)
 
 
+@intrinsic
+def _ask_for(_context, array, place):
+    """Asks memory for what stands at a place of an array, which may lie beyond its end, without waiting."""
+
+    def build(context, builder, signature, arguments):
+        held = context.make_array(signature.args[0])(context, builder, arguments[0])
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        there = builder.bitcast(builder.gep(held.data, [arguments[1]]), byte)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = builder.module.globals.get("llvm.prefetch.p0i8")
+        function = function or ir.Function(builder.module, kind, "llvm.prefetch.p0i8")
+        # to be read, by this core, again soon, as data
+        builder.call(function, [there, number(0), number(3), number(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), build
+
+
+@intrinsic
+def _ones(_context, bits):
+    """How many bits are set."""
+
+    def build(_, builder, _signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return bits(bits), build
+
+
+@compiled
+def set_bits(rows, row_starts, latent, bits):
+    """Sets bit n % 32 of `bits[n // 32]` [latent] for the latents that fire on the nth of some rows."""
+    for n in range(len(rows)):
+        bit = np.uint32(1) << np.uint32(n % 32)
+        for m in range(row_starts[rows[n]], row_starts[rows[n] + 1]):
+            bits[n // 32, latent[m]] |= bit
+
+
+@compiled
+def _add_common_bits(bits, first, counts):
+    """Adds to `counts[n]` [latent] the bits that each latent has in common with latent first + n."""
+    for start in range(0, bits.shape[1], _LATENTS):
+        span = slice(start, start + _LATENTS)
+        for w in range(0, len(bits), WORDS):
+            # one by one: of a slice of several rows numba does not know that it is dense: no vectors
+            a, b, c, d = bits[w, span], bits[w + 1, span], bits[w + 2, span], bits[w + 3, span]
+            for n in range(len(counts)):
+                own, count = bits[w : w + WORDS, first + n], counts[n, span]
+                own_a, own_b, own_c, own_d = own[0], own[1], own[2], own[3]
+                for i in range(len(count)):
+                    common = _ones(own_a & a[i]) + _ones(own_b & b[i])  # pyright: ignore[reportCallIssue]
+                    common += _ones(own_c & c[i]) + _ones(own_d & d[i])  # pyright: ignore[reportCallIssue]
+                    count[i] += np.int32(common)
+
+
+@compiled
+def _add_common_rows(first, last, row, row_starts, row_ends, latent, count):
+    """Adds to `count` how often each latent fires on the rows of some firings."""
+    for k in range(first, last):
+        coming = row[min(k + _AHEAD, last - 1)]
+        _ask_for(latent, row_starts[coming])  # pyright: ignore[reportCallIssue]
+        _ask_for(latent, row_starts[coming] + _LINE)  # pyright: ignore[reportCallIssue]
+        _ask_for(row_starts, np.int64(row[min(k + 2 * _AHEAD, last - 1)]))  # pyright: ignore[reportCallIssue]
+        for other in latent[row_starts[row[k]] : row_ends[row[k]]]:
+            # of an unsigned number numba does not ask whether it counts from the end
+            count[np.uint64(other)] += np.int32(1)
+
+
 @compiled
 def find_cofiring(
-    begin, end, starts, row, row_starts, latent, spread, n_rows, at_least,
-    others, phi, together, count, score, values,
+    begin, end, starts, row, row_starts, row_ends, latent, bits, spread, n_rows, at_least,
+    others, phi, together, counts, score, values,
 ):  # fmt: skip
     """The latents that fire with each one, by phi, the correlation of firing with firing.
 
-    `row_starts` and `latent` are the firings as lists a row; `spread` is 1 / sqrt(f (n_rows - f)) for each
-    latent of f firings, and 0 where that has no meaning. Only those that share `at_least` rows and have a
-    positive phi. `others` [latent, rank] gets latents, -1 where there is none, `phi` and `together` their phi
-    and shared rows. `count` (zero) [latent], `score` [latent] and `values` [rank] are room to work in.
+    Firings as lists a row are `latent` from `row_starts` to `row_ends`; those of crowded rows are in `bits`
+    (`set_bits`) instead. `spread` is 1 / sqrt(f (n_rows - f)) for each latent of f firings, and 0 where that
+    has no meaning. Only those that share `at_least` rows and have a positive phi. `others` [latent, rank]
+    gets latents, -1 where there is none, `phi` and `together` their phi and shared rows. `counts` (zero)
+    [some, latent], `score` [latent] and `values` [rank] are room to work in.
     """
-    for j in range(begin, end):
-        firings = starts[j + 1] - starts[j]
-        if firings < at_least:
-            continue
-        for k in range(starts[j], starts[j + 1]):
-            r = row[k]
-            for m in range(row_starts[r], row_starts[r + 1]):
-                count[latent[m]] += 1
-        values[:] = 0.0
-        count[j] = 0
-        # of nearly all pairs: without a branch, so that it is made of vectors
-        for i in range(len(count)):
-            expected = np.float64(firings) * np.float64(starts[i + 1] - starts[i])
-            value = (np.float64(n_rows) * np.float64(count[i]) - expected) * spread[i] * spread[j]
-            score[i] = value if count[i] >= at_least else 0.0
-        _rank_all(score, values, others[j])
-        for rank in range(len(values)):
-            if others[j, rank] >= 0:
-                phi[j, rank] = values[rank]
-                together[j, rank] = count[others[j, rank]]
-        count[:] = 0
+    for first in range(begin, end, len(counts)):
+        some = min(len(counts), end - first)
+        _add_common_bits(bits, first, counts[:some])
+        for n in range(some):
+            j, count = first + n, counts[n]
+            firings = starts[j + 1] - starts[j]
+            if firings >= at_least:
+                _add_common_rows(starts[j], starts[j + 1], row, row_starts, row_ends, latent, count)
+                values[:] = 0.0
+                count[j] = 0
+                # of nearly all pairs: without a branch, so that it is made of vectors
+                for i in range(len(count)):
+                    expected = np.float64(firings) * np.float64(starts[i + 1] - starts[i])
+                    value = (np.float64(n_rows) * np.float64(count[i]) - expected) * spread[i] * spread[j]
+                    score[i] = value if count[i] >= at_least else 0.0
+                _rank_all(score, values, others[j])
+                for rank in range(len(values)):
+                    if others[j, rank] >= 0:
+                        phi[j, rank] = values[rank]
+                        together[j, rank] = count[others[j, rank]]
+            count[:] = 0

@@ -69,11 +69,16 @@ def neighbours(
     candidates computed again. A row whose last candidate comes near the neighbours found, by the error seen
     in its candidates, is searched again in fp32. Nothing depends on the number of threads.
     """
-    left, right = _unit(rows), _unit(others)
+    left = _unit(rows)
+    right = left if same else _unit(others)
     there = right.any(1).nonzero()[:, 0]
-    right = right[there]
+    if len(there) < len(right):
+        right = right[there]
     kept = min(_CANDIDATES * count, len(right))
-    as_int = (*quantised(left), *quantised(right)) if int8_is_fast(left.device) else None
+    as_int = None
+    if int8_is_fast(left.device):
+        ints = quantised(left)
+        as_int = (*ints, *(ints if right is left else quantised(right)))
     ids = torch.full((len(left), count), -1, dtype=torch.int32)
     cosine = torch.zeros(len(left), count)
 

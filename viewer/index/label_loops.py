@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from sae.kernels.cpu_loops import compiled
+from sae.kernels.compiled import compiled
 
-# more than the logarithm of any share of rows
-_MOST_BITS = 64.0
+# bits, far more than a logarithm is wrong by
+_ROUNDING = 1e-6
 
 
 @compiled
@@ -19,36 +19,48 @@ def sum_by_key(starts, row, activation, key, document, share, first, best, mass,
     there are -1.
     """
     n_keys, ranks = len(share), best.shape[1]
-    total, times = np.zeros(n_keys), np.zeros(n_keys, np.int64)
-    where, more = np.zeros(n_keys, np.int64), np.zeros(n_keys, np.bool_)
-    touched = np.zeros(n_keys, np.int64)
+    # side by side, so that a firing touches one place
+    held = np.zeros((n_keys, 2))
+    touched = np.zeros(n_keys + 1, np.int64)
     told = np.zeros(ranks)
+    # no key tells more than if all activation lay on it; most need no logarithm then
+    bits = np.log2(1 / share) + _ROUNDING
     for i in range(len(best)):
+        begin, end = starts[first + i], starts[first + i + 1]
         n_touched, everything = 0, 0.0
-        for f in range(starts[first + i], starts[first + i + 1]):
+        for f in range(begin, end):
             everything += activation[f]
             k = key[row[f]]
             if k < 0:
                 continue
-            if times[k] == 0:
-                touched[n_touched] = k
-                n_touched += 1
-                where[k], more[k] = document[row[f]], False
-            times[k] += 1
-            total[k] += activation[f]
-            more[k] |= document[row[f]] != where[k]
+            times = held[k, 0]
+            # written whether it is new or not: what a guess would get wrong costs more
+            touched[n_touched] = k
+            n_touched += times == 0
+            held[k, 0] = times + 1
+            held[k, 1] += activation[f]
         told[:] = 0
         for t in range(n_touched):
             k = touched[t]
-            q = total[k] / everything
-            # no key tells more than its rarest row does; most need no logarithm
-            if q * _MOST_BITS > told[ranks - 1]:
-                _insert_key(
-                    k, q * np.log2(q / share[k]), total[k], times[k], told, best[i], mass[i], count[i]
-                )
-        several[i] = best[i, 0] >= 0 and more[best[i, 0]]
+            q = held[k, 1] / everything
+            if q * bits[k] > told[ranks - 1]:
+                value, times = q * np.log2(q / share[k]), np.int64(held[k, 0])
+                _insert_key(k, value, held[k, 1], times, told, best[i], mass[i], count[i])
+        several[i] = best[i, 0] >= 0 and _in_several(begin, end, row, key, document, best[i, 0])
         for t in range(n_touched):
-            total[touched[t]], times[touched[t]] = 0, 0
+            held[touched[t]] = 0
+
+
+@compiled
+def _in_several(begin, end, row, key, document, wanted):
+    """Whether the firings on a key, which there are, are in two documents at least."""
+    met, there = False, document[0]
+    for f in range(begin, end):
+        if key[row[f]] == wanted:
+            if met and document[row[f]] != there:
+                return True
+            met, there = True, document[row[f]]
+    return False
 
 
 @compiled
@@ -83,32 +95,38 @@ def sum_on_sets(starts, row, activation, key, document, sets, n_keys, mass, coun
 
 
 @compiled
-def count_near(word, document, reach, n_words, counts):
-    """How many rows have each word at themselves or among the `reach` rows before, in their document."""
-    stamp = np.full(n_words, -1)
+def list_near(word, document, near, counts):
+    """Lists the words at each row and before it in its document, as far back as `near` [row, some] has room.
+
+    Each stands there once, with -1 behind the last; `counts` [word] takes how many rows each is near.
+    """
+    stamp = np.full(len(counts), -1)
+    near[:] = -1
     for r in range(len(word)):
-        for near in range(r, max(-1, r - reach - 1), -1):
-            if document[near] != document[r]:
+        n = 0
+        for before in range(r, max(-1, r - near.shape[1]), -1):
+            if document[before] != document[r]:
                 break
-            w = word[near]
+            w = word[before]
             if w >= 0 and stamp[w] != r:
                 stamp[w] = r
                 counts[w] += 1
+                near[r, n] = w
+                n += 1
 
 
 @compiled
-def cover_near(starts, row, activation, word, document, reach, share, first, most, chosen, covered, docs):
+def cover_near(starts, row, activation, near, document, share, first, most, chosen, covered, docs):
     """Words that stand near much of a latent's activation, found one after the other.
 
-    Of latent first + n at most `most` firings are looked at, spread evenly. In documents of even number that
-    word is chosen whose nearness sets the firings most apart from all rows, of which `share` [word] have it
-    near; then the same among the firings that are left. In documents of odd number it is seen how far that
-    goes: `covered[n]` [rank] takes the share of the activation there that is near the words so far, and
-    `docs[n]` [rank] the documents that this is in. `chosen[n]` [rank] takes the words, -1 for none.
+    `near` [row, some] is of `list_near`. Of latent first + n at most `most` firings are looked at, spread
+    evenly. In documents of even number that word is chosen whose nearness sets the firings most apart from
+    all rows, of which `share` [word] have it near; then the same among the firings that are left. In
+    documents of odd number it is seen how far that goes: `covered[n]` [rank] takes the share of the
+    activation there that is near the words so far, and `docs[n]` [rank] the documents that this is in.
+    `chosen[n]` [rank] takes the words, -1 for none.
     """
-    stamp, mass = np.full(len(share), -1), np.zeros(len(share))
-    touched = np.zeros(len(share), np.int64)
-    serial = 0
+    mass, touched = np.zeros(len(share)), np.zeros(len(share), np.int64)
     for n in range(len(chosen)):
         begin, end = starts[first + n], starts[first + n + 1]
         step = max(1, (end - begin + most - 1) // most)
@@ -124,14 +142,11 @@ def cover_near(starts, row, activation, word, document, reach, share, first, mos
             for s in range(len(left)):
                 f = begin + s * step
                 if left[s] and document[row[f]] % 2 == 0:
-                    serial += 1
-                    n_touched = _add_near(
-                        row[f], activation[f], word, document, reach, serial, stamp, mass, touched, n_touched
-                    )
+                    n_touched = _add_near(near[row[f]], activation[f], mass, touched, n_touched)
             choice = _most_telling(touched[:n_touched], mass, even, share)
             chosen[n, rank] = choice
             if choice >= 0:
-                taken = _take_near(row, activation, word, document, reach, begin, step, left, choice)
+                taken = _take_near(row, activation, near, document, begin, step, left, choice)
                 covered[n, rank], docs[n, rank] = taken[0] / max(odd, 1e-300), taken[1]
             if rank:
                 covered[n, rank] += covered[n, rank - 1]
@@ -139,18 +154,15 @@ def cover_near(starts, row, activation, word, document, reach, share, first, mos
 
 
 @compiled
-def _add_near(row, value, word, document, reach, serial, stamp, mass, touched, n_touched):
-    """Adds a firing to every word near it, once each; returns how many words have something."""
-    for near in range(row, max(-1, row - reach - 1), -1):
-        if document[near] != document[row]:
+def _add_near(words, value, mass, touched, n_touched):
+    """Adds a firing to every word near it; returns how many words have something."""
+    for w in words:
+        if w < 0:
             break
-        w = word[near]
-        if w >= 0 and stamp[w] != serial:
-            stamp[w] = serial
-            if mass[w] == 0:
-                touched[n_touched] = w
-                n_touched += 1
-            mass[w] += value
+        if mass[w] == 0:
+            touched[n_touched] = w
+            n_touched += 1
+        mass[w] += value
     return n_touched
 
 
@@ -168,18 +180,25 @@ def _most_telling(keys, mass, everything, share):
 
 
 @compiled
-def _take_near(row, activation, word, document, reach, begin, step, left, choice):
+def _take_near(row, activation, near, document, begin, step, left, choice):
     """Takes the firings near a word out of those left; activation and documents of those in odd documents."""
     taken, documents, last = 0.0, 0, np.int64(-1)
     for s in range(len(left)):
         r = row[begin + s * step]
-        for near in range(r, max(-1, r - reach - 1), -1):
-            if document[near] != document[r]:
-                break
-            if left[s] and word[near] == choice:
-                left[s] = False
-                if document[r] % 2:
-                    taken += activation[begin + s * step]
-                    documents += document[r] != last
-                    last = document[r]
+        if left[s] and _holds(near[r], choice):
+            left[s] = False
+            if document[r] % 2:
+                taken += activation[begin + s * step]
+                documents += document[r] != last
+                last = document[r]
     return taken, documents
+
+
+@compiled
+def _holds(words, wanted):
+    for w in words:
+        if w == wanted:
+            return True
+        if w < 0:
+            break
+    return False

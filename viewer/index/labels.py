@@ -185,13 +185,15 @@ def _best(
 
 def _strong(firings: Firings, which: Bool[np.ndarray, " latent"]) -> Firings:
     """The firings of some latents that are above half of the latent's highest."""
-    latent = np.repeat(np.arange(len(firings)), np.diff(firings.starts))
-    highest = np.zeros(len(firings), np.float32)
-    np.maximum.at(highest, latent, firings.activation)
-    kept = which[latent] & (firings.activation > highest[latent] / 2)
-    counts = np.bincount(latent[kept], minlength=len(firings))
+    starts, number = firings.starts, np.diff(firings.starts)
+    half = np.full(len(firings), np.inf, np.float32)
+    fired = number > 0
+    # a latent that never fires ends where it begins, so the others' lists are whole
+    half[fired] = np.maximum.reduceat(firings.activation, starts[:-1][fired]) / 2
+    half[~which] = np.inf
+    kept = firings.activation > np.repeat(half, number)
     return Firings(
-        starts=np.append(0, np.cumsum(counts)).astype(np.int64),
+        starts=np.append(0, np.cumsum(kept, dtype=np.int64))[starts],
         row=firings.row[kept],
         activation=firings.activation[kept],
     )
@@ -240,11 +242,12 @@ def _of_view(view: View, firings: Firings, reading: Reading, total: np.ndarray) 
 
 def _near(firings: Firings, reading: Reading) -> list[_Candidate]:
     """Whether a word, or one of two or three, stands nearby."""
-    from viewer.index.label_loops import count_near, cover_near
+    from viewer.index.label_loops import cover_near, list_near
 
     words, n_words = reading.topic_word, max(len(reading.topic_words), 1)
     counts = np.zeros(n_words, np.int64)
-    count_near(words, reading.document, _REACH, n_words, counts)
+    lists = np.empty((len(words), 1 + _REACH), np.int32)
+    list_near(words, reading.document, lists, counts)
     near = counts / max(len(words), 1)
     shape = (len(firings), _NEAR_WORDS)
     chosen: np.ndarray = np.full(shape, -1)
@@ -253,8 +256,8 @@ def _near(firings: Firings, reading: Reading) -> list[_Candidate]:
 
     def some(first: int) -> None:
         part = [array[first : first + _LATENTS] for array in (chosen, covered, documents)]
-        arrays = (firings.starts, firings.row, firings.activation, words, reading.document)
-        cover_near(*arrays, _REACH, near, first, _NEAR_FIRINGS, *part)
+        arrays = (firings.starts, firings.row, firings.activation, lists, reading.document)
+        cover_near(*arrays, near, first, _NEAR_FIRINGS, *part)
 
     workers_for(torch.get_num_threads()).run(some, range(0, len(firings), _LATENTS))
     base = np.cumsum(np.append(near, 0)[chosen], axis=1)

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from sae.kernels.cpu_loops import compiled, widened
+from sae.kernels.compiled import compiled
+from sae.kernels.cpu_loops import widened
 
 # columns looked at together; only a span that holds something new is looked at one by one
 _SPAN = 128
