@@ -68,9 +68,11 @@ export default function () {
       document.execCommand("copy");
       box.remove();
     }
-    const said = link.textContent;
+    // clicked again meanwhile, it says "Copied" still, which is not what it goes back to
+    link.dataset.said ??= link.textContent;
     link.textContent = "Copied";
-    setTimeout(() => (link.textContent = said), 1500);
+    clearTimeout(link.until);
+    link.until = setTimeout(() => (link.textContent = link.dataset.said), 1500);
   };
   document.addEventListener("click", copy);
   return () => document.removeEventListener("click", copy);
