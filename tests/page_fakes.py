@@ -17,7 +17,7 @@ def page_app(monkeypatch, script, *folders, **query):
     """A page, or a function that draws, of the viewer of these folders; `run()` draws it."""
     monkeypatch.setattr(sys, "argv", ["main.py", *map(str, folders)])
     make = AppTest.from_function if callable(script) else AppTest.from_file
-    app = make(script if callable(script) else str(script), default_timeout=60)
+    app = make(script if callable(script) else str(script), default_timeout=180)
     for name, value in query.items():
         app.query_params[name] = value
     return app

@@ -186,7 +186,7 @@ def test_an_interrupted_training_stops_with_one_line_and_a_readable_run(number, 
             time.sleep(0.1)
             assert process.poll() is None, process.communicate()
         process.send_signal(number)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=180)
     assert process.returncode == 128 + number
     assert "Traceback" not in err
     assert sum(line.startswith("jumpscope:") for line in err.splitlines()) == 1
