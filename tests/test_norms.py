@@ -57,6 +57,18 @@ def test_a_norm_of_another_kind_is_seen_to_be_one():
     assert not _is_gemmas(other)
 
 
+class Outside(Gemma3RMSNorm):
+    """The norm of models that add epsilon to the root."""
+
+    def _norm(self, x):
+        return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps)
+
+
+def test_where_epsilon_stands_is_seen():
+    other = Outside(64, eps=1e-5).to(torch.bfloat16).requires_grad_(False)
+    assert not _is_gemmas(other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_who_hooks_the_inside_of_a_norm_sees_it_and_all_else_stays_the_same(dtype):
     model, tokens = wrapped_model("gemma3"), torch.arange(3, 23).view(2, 10)

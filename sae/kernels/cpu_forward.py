@@ -27,8 +27,9 @@ ROWS = 128
 _SAMPLE, _FIT_EVERY = 256, 64
 # with fewer coordinates there is nothing to gain, and torch's product of one coordinate is wrong
 _NARROW = 16
-# one latent in so many may pass for nothing before another product is cheaper: bfloat16 at widths of 2,048 to
-# 16,384 and d_in 640 (85, 170 and 700 pairs a row), fp32, which takes three times as long, well before that
+# one latent in so many may pass for nothing before another product is cheaper. bfloat16: as measured at
+# widths of 2,048 and 4,096 (d_in 640; 150 and about 200 pairs a row), and 16,384 gains at 290 still. fp32:
+# reckoned from its product, which takes three times as long
 _WASTE = {torch.bfloat16: 24, None: 8}
 # rounding to integers, beside what is measured of it: sums of squares in fp32
 _UNIT_INT8 = 2.0**-10
