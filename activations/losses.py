@@ -59,7 +59,8 @@ def next_token_losses(
     hidden = finals.to(device=model.device, dtype=model.dtype)
     targets = targets.to(model.device).long()
     if vocabulary is not None:
-        return _int8_losses(model, vocabulary, hidden, targets)
+        ce, lse = _int8_ce(model, vocabulary, hidden, targets)
+        return ce, _kl(model, hidden, lse)
     rows, columns = _tile(n_variants, model, vocab_chunk)
     hidden = hidden.transpose(0, 1)
     ce = torch.empty(n_rows, n_variants, device=model.device)
@@ -68,6 +69,20 @@ def next_token_losses(
         part = slice(start, start + rows)
         ce[part], kl[part] = _tile_losses(model, hidden[part], targets[part], columns)
     return ce.T, kl.T
+
+
+@torch.inference_mode()
+def next_token_ce(
+    model: LanguageModel,
+    finals: Float[Tensor, "variant row d_model"],
+    targets: Int[Tensor, " row"],
+    *,
+    vocabulary: Int8Vocabulary | None = None,
+) -> Float[Tensor, "variant row"]:
+    """The cross-entropy of `next_token_losses` alone, of variants none of which need be the clean run."""
+    if vocabulary is None:
+        return next_token_losses(model, finals, targets)[0]
+    return _int8_ce(model, vocabulary, finals.to(model.dtype), targets.long())[0]
 
 
 def _tile(n_variants: int, model: LanguageModel, vocab_chunk: int | None) -> tuple[int, int]:
@@ -116,29 +131,42 @@ def _logit_scale(model: LanguageModel) -> float | None:
     return low if math.isclose(high, 1000 * low, rel_tol=1e-6) else None
 
 
-def _int8_losses(
+def _int8_ce(
     model: LanguageModel,
     vocabulary: Int8Vocabulary,
     hidden: Float[Tensor, "variant row d_model"],
     targets: Int[Tensor, " row"],
 ) -> tuple[Float[Tensor, "variant row"], Float[Tensor, "variant row"]]:
-    """The losses by products in integers.
-
-        ce = lse - logit[target]        kl = <sum_v p_clean[v] W_U[:, v], h_clean - h> - lse_clean + lse
-
-    Only lse, the log of the sum of exponentials, needs every logit of every variant.
+    """Cross-entropy, lse - logit[target], by products in integers, and lse: the log of the sum of all
+    exponentials, which alone needs every logit.
     """
-    scale = _logit_scale(model)
-    assert scale is not None, "a soft cap"
-    lse = _log_sums(model, vocabulary, hidden, scale)
+    lse = _log_sums(model, vocabulary, hidden, _scale(model))
     columns = model.W_U.T[targets].float()
     wanted = torch.stack([(variant.float() * columns).sum(-1) for variant in hidden])
     if model.b_U is not None:
         wanted += model.b_U[targets].float()
+    return lse - wanted * _scale(model), lse
+
+
+def _kl(
+    model: LanguageModel,
+    hidden: Float[Tensor, "variant row d_model"],
+    lse: Float[Tensor, "variant row"],
+) -> Float[Tensor, "variant row"]:
+    """KL(variant 0 || variant), for which no logit of any but variant 0 is needed.
+
+    kl = <sum_v p_clean[v] W_U[:, v], h_clean - h> - lse_clean + lse
+    """
     expected = _expected_unembedding(model, hidden[0])
     clean = hidden[0].float()
     further = torch.stack([((clean - variant.float()) * expected).sum(-1) for variant in hidden])
-    return lse - wanted * scale, further * scale - lse[0] + lse
+    return further * _scale(model) - lse[0] + lse
+
+
+def _scale(model: LanguageModel) -> float:
+    scale = _logit_scale(model)
+    assert scale is not None, "a soft cap"
+    return scale
 
 
 def _log_sums(

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from activations.models import LanguageModel
+from activations.side_by_side import Gathered, own_part
 from activations.sites import kind_of, layer_of, site_name
 from sae.errors import UserError
 
@@ -27,6 +28,16 @@ class CleanRun:
     in_tuples: bool
     """Whether blocks hand on their output inside a tuple, as older versions of transformers have it."""
 
+    def at(self, site: str, blocks: Int[Tensor, " some"]) -> "CleanRun":
+        """What splicing at one site needs of some blocks of the batch, in that order, some more than once."""
+        layer = layer_of(site)
+        return CleanRun(
+            final=self.final[blocks],
+            acts={site: self.acts[site][blocks]},
+            block_inputs={layer: self.block_inputs[layer][blocks]},
+            in_tuples=self.in_tuples,
+        )
+
 
 @torch.inference_mode()
 def clean_run(model: LanguageModel, tokens: Int[Tensor, "batch pos"], sites: Sequence[str]) -> CleanRun:
@@ -36,22 +47,24 @@ def clean_run(model: LanguageModel, tokens: Int[Tensor, "batch pos"], sites: Seq
     dtype. Raises UserError for a site that the model does not have.
     """
     model.check_sites(sites)
-    found: dict[str, Tensor] = {}
+    found = Gathered()
     shapes: list[bool] = []
     entries = {layer: site_name(layer, "resid_pre") for layer in map(layer_of, sites)}
-    watchers = {site: partial(found.__setitem__, site) for site in {*sites, *entries.values()}}
+    wanted = {*sites, *entries.values()}
+    watchers = {site: partial(found.put, site) for site in wanted}
     handle = model.bridge.blocks[0].register_forward_hook(
         lambda _module, _inputs, output: shapes.append(isinstance(output, tuple))
     )
     try:
         with model.watching(watchers):
-            final = model.run_body(tokens)
+            final = model.run_parts(tokens)
     finally:
         handle.remove()
+    whole = {site: found.take(site) for site in wanted}
     return CleanRun(
         final=final,
-        acts={site: found[site] for site in sites},
-        block_inputs={layer: found[site] for layer, site in entries.items()},
+        acts={site: whole[site] for site in sites},
+        block_inputs={layer: whole[site] for layer, site in entries.items()},
         in_tuples=shapes[0],
     )
 
@@ -80,15 +93,15 @@ def spliced_final(
     layer, kind = layer_of(site), kind_of(site)
     if kind == "resid_post":
         with _standing_in(model, layer + 1, replacement, run.in_tuples):
-            return model.run_body(tokens)
+            return model.run_parts(tokens)
     if kind == "resid_pre" and layer > 0:
         with _standing_in(model, layer, replacement, run.in_tuples):
-            return model.run_body(tokens)
+            return model.run_parts(tokens)
     with (
         _standing_in(model, layer, run.block_inputs[layer], run.in_tuples),
-        model.watching({site: lambda clean: put(site, clean, replacement)}),
+        model.watching({site: lambda clean: put(site, clean, replacement[own_part()])}),
     ):
-        return model.run_body(tokens)
+        return model.run_parts(tokens)
 
 
 def put(site: str, activation: Tensor, replacement: Tensor) -> Tensor:
@@ -112,10 +125,10 @@ def put(site: str, activation: Tensor, replacement: Tensor) -> Tensor:
 @contextmanager
 def _standing_in(model: LanguageModel, n_blocks: int, resid: Tensor, in_tuples: bool) -> Iterator[None]:
     """Within it the first `n_blocks` blocks compute nothing, and the block above them reads `resid`."""
-    output = (resid,) if in_tuples else resid
 
     def stand_in(*_args: object, **_kwargs: object) -> object:
-        return output
+        own = resid[own_part()]
+        return (own,) if in_tuples else own
 
     blocks = list(model.bridge.blocks)[:n_blocks]
     try:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from activations.blocks import TokenBlocks
 from activations.int8 import Int8Vocabulary
-from activations.losses import loss_vocabulary, next_token_losses
+from activations.losses import loss_vocabulary, next_token_ce, next_token_losses
 from activations.models import LanguageModel
 from activations.splice import CleanRun, clean_run, spliced_final
 from sae.dictionary import Dictionary
@@ -224,30 +224,30 @@ def _spliced_losses(
     done = 0
     # the first batch takes a while: the bar should stand there before it
     report(_LOSSES, 0, total)
-    for batch, with_baselines in _split_at(batches, baseline_tokens):
+    for batch, n_ablated in _with_baselines(batches, baseline_tokens):
         tokens, keep = batch.tokens.to(model.device), batch.keep.to(model.device)
         run = clean_run(model, tokens, _sites_read(dictionaries))
         scored = _scored(keep)
         targets = tokens[:, 1:][scored[:, :-1]].long()
-        finals = [run.final[scored]]
-        for site, dictionary in dictionaries.items():
-            target_site = dictionary.cfg.site_out
-            for replacement in _replacements(encoders[site], run, statistics[site].mean, with_baselines):
-                stream = run.acts[target_site]
-                mixed = torch.where(keep[..., None], replacement.to(stream), stream)
-                finals.append(spliced_final(model, tokens, run, target_site, mixed)[scored])
+        finals, ablated, first = [run.final[scored]], [], scored[:n_ablated]
+        for site, encoder in encoders.items():
+            own, mean, zero = _finals(model, encoder, run, tokens, keep, statistics[site].mean, n_ablated)
+            finals.append(own[scored])
+            ablated += [mean[first], zero[first]]
         ce, kl = next_token_losses(model, torch.stack(finals), targets, vocabulary=vocabulary)
         n = _sum_by_block(torch.ones_like(ce[0]), scored)
         clean.add(_sum_by_block(ce[0], scored), n)
-        each = 3 if with_baselines else 1
-        for i, site in enumerate(dictionaries):
-            variants, part = ce[1 + each * i :], sums[site]
-            part.spliced.add(_sum_by_block(variants[0], scored), n)
-            part.delta.add(_sum_by_block(variants[0] - ce[0], scored), n)
-            part.kl.add(_sum_by_block(kl[1 + each * i], scored), n)
-            if with_baselines:
-                part.delta_mean.add(_sum_by_block(variants[1] - ce[0], scored), n)
-                part.delta_zero.add(_sum_by_block(variants[2] - ce[0], scored), n)
+        for part, own, divergence in zip(sums.values(), ce[1:], kl[1:], strict=True):
+            part.spliced.add(_sum_by_block(own, scored), n)
+            part.delta.add(_sum_by_block(own - ce[0], scored), n)
+            part.kl.add(_sum_by_block(divergence, scored), n)
+        if n_ablated:
+            known, rows = n[:n_ablated], int(first.sum())
+            more = next_token_ce(model, torch.stack(ablated), targets[:rows], vocabulary=vocabulary)
+            more = more - ce[0, :rows]
+            for part, mean, zero in zip(sums.values(), more[::2], more[1::2], strict=True):
+                part.delta_mean.add(_sum_by_block(mean, first), known)
+                part.delta_zero.add(_sum_by_block(zero, first), known)
         done += int(keep.sum())
         report(_LOSSES, done, total)
     if clean.denominator == 0:
@@ -255,18 +255,32 @@ def _spliced_losses(
     return {site: _loss_summary(clean, part) for site, part in sums.items()}
 
 
-def _replacements(
-    encoder: SparseEncoder, run: CleanRun, mean: Tensor, with_baselines: bool
-) -> Iterator[Float[Tensor, "block pos d_out"]]:
-    """What is put in at the site: the reconstruction, then mean and zero when baselines are wanted."""
-    stream = run.acts[encoder.dictionary.cfg.site_in]
-    rows = rearrange(stream, "block pos d_in -> (block pos) d_in")
-    flat = encoder.decode(encoder.encode(rows), rows).to(stream.dtype)
-    reconstruction = rearrange(flat, "(block pos) d_out -> block pos d_out", pos=stream.shape[1])
-    yield reconstruction
-    if with_baselines:
-        yield mean.to(reconstruction).expand_as(reconstruction)
-        yield torch.zeros_like(reconstruction)
+def _finals(
+    model: LanguageModel,
+    encoder: SparseEncoder,
+    run: CleanRun,
+    tokens: Int[Tensor, "block pos"],
+    keep: Bool[Tensor, "block pos"],
+    mean: Float[Tensor, " d_out"],
+    n_ablated: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Final hidden states [block, pos, d_model] with the reconstruction at the site, and of the first
+    `n_ablated` blocks with the mean and with zero there: all from one pass.
+    """
+    cfg = encoder.dictionary.cfg
+    rows = rearrange(run.acts[cfg.site_in], "block pos d_in -> (block pos) d_in")
+    stream = run.acts[cfg.site_out]
+    # rounded first to what the dictionary reads, then to what the model goes on with
+    flat = encoder.decode(encoder.encode(rows), rows).to(rows.dtype).to(stream)
+    own = rearrange(flat, "(block pos) d_out -> block pos d_out", pos=stream.shape[1])
+    ablated = stream[:n_ablated]
+    replacement = torch.cat([own, mean.to(stream).expand_as(ablated), torch.zeros_like(ablated)])
+    every = torch.arange(len(tokens), device=tokens.device)
+    blocks = torch.cat([every, every[:n_ablated], every[:n_ablated]])
+    mixed = torch.where(keep[blocks][..., None], replacement, stream[blocks])
+    final = spliced_final(model, tokens[blocks], run.at(cfg.site_out, blocks), cfg.site_out, mixed)
+    own, mean, zero = final.split([len(tokens), n_ablated, n_ablated])
+    return own, mean, zero
 
 
 def _loss_summary(clean: _RatioSums, part: _SiteLosses) -> dict[str, Any]:
@@ -334,17 +348,13 @@ def _first_blocks(batch: TokenBlocks, tokens: int) -> list[TokenBlocks]:
     return [_slice(batch, 0, n)] if n else []
 
 
-def _split_at(batches: list[TokenBlocks], tokens: int) -> Iterator[tuple[TokenBlocks, bool]]:
-    """The batches, cut where `tokens` kept tokens have passed; the flag is true before the cut."""
+def _with_baselines(batches: list[TokenBlocks], tokens: int) -> Iterator[tuple[TokenBlocks, int]]:
+    """The batches, each with the number of its blocks among the first that hold `tokens` kept tokens."""
     left = tokens
     for batch in batches:
-        n = 0
-        for part in _first_blocks(batch, left):
-            n = len(part.tokens)
-            left -= int(part.keep.sum())
-            yield part, True
-        if n < len(batch.tokens):
-            yield _slice(batch, n, len(batch.tokens)), False
+        part = _first_blocks(batch, left)
+        yield batch, sum(len(first.tokens) for first in part)
+        left -= sum(int(first.keep.sum()) for first in part)
 
 
 def _slice(batch: TokenBlocks, start: int, stop: int) -> TokenBlocks:
