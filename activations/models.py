@@ -121,8 +121,8 @@ class LanguageModel:
 
         The pass stops after the last wanted site and never computes logits. Heads are concatenated at attn_z.
         Sites that are the same tensor (resid_post and the next layer's resid_pre) may share memory: do not
-        write to them. Raises UserError for a site the model does not have and for more tokens than its context
-        holds.
+        write to them. Raises UserError for a site the model does not have and for more tokens than its
+        context holds.
         """
         self.check_sites(sites)
         found = Gathered()
