@@ -2,13 +2,13 @@
 
 Per round, on the same text: the forward passes and the rows they leave; one bfloat16 product of the rows with
 each encoder (nothing is read of it); and a whole index, pass and writing, with and without the search for
-logits (every decoder row through the whole vocabulary). Dictionaries are made here, of random rows, with
-thresholds at which each latent fires on about l0 / width of the tokens. Seconds are the machine's and, in
-brackets, all processors' together: where others compute too, only those mean much. `ratio` is the median over
-rounds of index over harvest plus products. The last line is JSON.
+logits (every decoder row through the whole vocabulary). Dictionaries are those of `--run`, or made here, of
+random rows, with thresholds at which each latent fires on about l0 / width of the tokens. Seconds are the
+machine's and, in brackets, all processors' together: where others compute too, only those mean much. `ratio`
+is the median over rounds of index over harvest plus products. The last line is JSON.
 
-    python benchmarks/index_speed.py [--layers 0,6,12,17] [--width 16384] [--tokens 8192] [--rounds 1]
-                                     [--other FOLDER] [--features 256]
+    python benchmarks/index_speed.py [--run RUN | --layers 0,6,12,17 --width 16384] [--tokens 8192]
+                                     [--rounds 1] [--other FOLDER] [--features 256]
 
 `--other` is a folder into which `pip install --target` put SAEDashboard 0.8: the last site's dictionary is
 then given to it too, with the same text and the first `--features` of its latents (its default minibatch),
@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from activations.blocks import Cursor, TokenBlocks, iter_blocks
 from activations.corpora import load_corpus
 from activations.harvest import harvest_rows
 from activations.models import LanguageModel, load_model
-from sae import DictionaryConfig, JumpReLU
+from activations.sites import layer_of
+from sae import Dictionary, DictionaryConfig, JumpReLU
+from train.cli.work import load_run
 from viewer.index import site_tables
 from viewer.index.build import build_index
 
@@ -46,6 +48,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The feature index against harvest and encoder products.")
     parser.add_argument("--model", default="gemma-3-270m")
     parser.add_argument("--corpus", default="wiki-leads")
+    parser.add_argument("--run", default="", help="a run folder whose dictionaries are indexed")
     parser.add_argument("--kind", default="hook_resid_post")
     parser.add_argument("--layers", default="0,6,12,17")
     parser.add_argument("--width", type=int, default=16384)
@@ -99,6 +102,14 @@ def make_dictionaries(text: Text, sites: tuple[str, ...], args: argparse.Namespa
     return made
 
 
+def run_dictionaries(args: argparse.Namespace, model: LanguageModel) -> dict[str, Dictionary]:
+    """Those of `--run`; what is printed then says their layers and width."""
+    dictionaries = load_run(args.run, model=model).dictionaries
+    args.layers = ",".join(str(layer_of(site)) for site in dictionaries)
+    args.width = next(iter(dictionaries.values())).cfg.d_sae
+    return dictionaries
+
+
 def harvest(text: Text, sites: tuple[str, ...]) -> None:
     """The forward passes and the kept rows, of which nothing is kept."""
     for _ in harvest_rows(text.model, text.blocks(Cursor()), sites):
@@ -114,7 +125,7 @@ def products(rows: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], to
             torch.mm(part[:count], weights[site], out=out[:count])
 
 
-def index(text: Text, dictionaries: dict[str, JumpReLU], *, logits: bool) -> int:
+def index(text: Text, dictionaries: Mapping[str, Dictionary], *, logits: bool) -> int:
     """A whole index; returns its bytes."""
     speaks = site_tables._speaks
     if not logits:
@@ -128,7 +139,7 @@ def index(text: Text, dictionaries: dict[str, JumpReLU], *, logits: bool) -> int
         shutil.rmtree(folder)
 
 
-def dashboard(text: Text, site: str, dictionary: JumpReLU, cache: Path) -> None:
+def dashboard(text: Text, site: str, dictionary: Dictionary, cache: Path) -> None:
     """SAEDashboard's data for some latents of one site; what it computed of the model stays in `cache`."""
     sys.path.append(text.args.other)
     from sae_dashboard.sae_vis_data import (  # pyright: ignore[reportMissingImports]
@@ -177,7 +188,7 @@ def in_turns(
     return seconds, n_bytes
 
 
-def beside(text: Text, site: str, dictionary: JumpReLU) -> dict[str, list[tuple[float, float]]]:
+def beside(text: Text, site: str, dictionary: Dictionary) -> dict[str, list[tuple[float, float]]]:
     """Seconds of SAEDashboard, without a cache and with one."""
     seconds = {}
     with tempfile.TemporaryDirectory() as cache:
@@ -195,9 +206,13 @@ def main() -> None:
     model = load_model(args.model, device=args.device, progress=False)
     args.device = str(model.device)
     text = Text(model, args)
-    sites = tuple(f"blocks.{layer}.{args.kind}" for layer in args.layers.split(","))
-    with torch.inference_mode():
-        dictionaries = make_dictionaries(text, sites, args)
+    if args.run:
+        dictionaries = run_dictionaries(args, model)
+    else:
+        sites = tuple(f"blocks.{layer}.{args.kind}" for layer in args.layers.split(","))
+        with torch.inference_mode():
+            dictionaries = make_dictionaries(text, sites, args)
+    sites = tuple(dictionaries)
     first = next(harvest_rows(model, text.blocks(Cursor()), sites))
     rows = {site: first.rows[site].bfloat16() for site in sites}
     weights = {site: dictionary.W_enc.bfloat16() for site, dictionary in dictionaries.items()}
@@ -218,6 +233,7 @@ def main() -> None:
     }
     result = {
         "benchmark": "index_speed",
+        "trained": bool(args.run),
         **{name: getattr(args, name) for name in ("model", "layers", "width", "l0", "tokens", "rounds")},
         **{f"{name}_s": round(pair[0], 2) for name, pair in medians.items()},
         **{f"{name}_cpu_s": round(pair[1], 2) for name, pair in medians.items()},
