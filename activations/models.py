@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from activations.collector import resting_collector
 from activations.convert import quiet
 from activations.norms import PlainNorms
 from activations.precision import pick_device, pick_dtype
@@ -272,7 +273,8 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **local)
+        with resting_collector():
+            tokenizer = AutoTokenizer.from_pretrained(folder, **local)
         with quiet():
             hf_model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, attn_implementation="eager", use_safetensors=True, **local

@@ -1,6 +1,7 @@
 """Activations are those of transformers itself, whatever the architecture; tokens read as they should."""
 
 import functools
+import gc
 import json
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,9 @@ import pytest
 import torch
 from conftest import CONFIGS, plain_model, tiny_tokenizer, wrapped_model
 from torch import Tensor, nn
+from transformers import AutoTokenizer
 
+from activations.collector import resting_collector
 from activations.models import LanguageModel, load_model, model_shape
 from activations.precision import pick_device, pick_dtype
 from activations.sites import KINDS, expand_sites, kind_of, layer_of, site_name
@@ -191,6 +194,26 @@ def test_a_local_folder_loads_in_the_dtype_asked_for(folder: Path) -> None:
     assert model.name == str(folder)
     half = load_model(str(folder), dtype="bf16", device="cpu")
     assert half.activations(TOKENS, [site])[site].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_rests_only_while_the_tokenizer_is_read(enabled, folder: Path, monkeypatch) -> None:
+    seen, read = [], AutoTokenizer.from_pretrained
+
+    def watched(*args, **kwargs):
+        seen.append(gc.isenabled())
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", watched)
+    (gc.enable if enabled else gc.disable)()
+    try:
+        load_model(str(folder), dtype="float32")
+        after = gc.isenabled()
+        with pytest.raises(ZeroDivisionError), resting_collector():
+            _ = 1 / 0
+        assert (seen, after, gc.isenabled()) == ([False], enabled, enabled)
+    finally:
+        gc.enable()
 
 
 def test_shapes_are_known_without_loading(folder: Path) -> None:

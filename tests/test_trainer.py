@@ -5,20 +5,23 @@ import math
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import sae
+from activations.ranks import alone
 from activations.ring import RowStatistics
 from sae.errors import UserError
 from sae.kernels.dispatch import choose_kernel, make_kernel
 from train.config import TrainConfig
-from train.first_weights import _largest
+from train.first_weights import _searched, _selected
 from train.run_folder import RunFolder
 from train.schedule import l0_aim, lr_factor
 from train.site_trainer import NonFiniteError, SiteTrainer
 from train.trainer import train_run
+from train.training import Training
 
 SITE = "blocks.1.hook_resid_post"
 
@@ -74,12 +77,91 @@ def test_principal_latents_carry_a_massive_direction_from_the_start():
     assert with_own < without / 3
 
 
+@pytest.mark.parametrize("find", [_selected, _searched])
 @pytest.mark.parametrize("n", [1, 5, 39, 40])
-def test_the_largest_values_are_found_part_by_part(n, monkeypatch):
+def test_the_largest_values_are_found_part_by_part(find, n, monkeypatch):
     monkeypatch.setattr("train.first_weights._SEARCHED", 16)
     values = torch.randn(40, generator=torch.Generator().manual_seed(0)).round(decimals=1)  # with ties
-    found = _largest(values, n).sort(descending=True).values
-    assert torch.equal(found, values.sort(descending=True).values[:n])
+    expected = values.sort(descending=True).values[:n]
+    assert torch.equal(find(values, n).sort(descending=True).values, expected)
+
+
+def many_values(kind: str) -> torch.Tensor:
+    values = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    if kind == "ties":
+        values = values.clamp(max=0.5).round(decimals=1)
+    elif kind == "one":
+        values.fill_(-2.0)
+    elif kind == "misleading":  # those that are looked at first are larger than all others
+        values[::61] += 100
+    elif kind == "infinite":
+        values[7::50], values[8::50] = math.inf, -math.inf
+    elif kind == "no numbers":
+        values[7::1000] = math.nan
+    return values
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "one", "misleading", "infinite", "no numbers"])
+@pytest.mark.parametrize("n", [1, 15, 500, 3000, 4900, 10_000, 19_999, 20_000, 30_000])
+def test_the_largest_of_many_values_are_those_of_a_sort(kind, n):
+    values = many_values(kind)
+    expected = values.sort(descending=True).values[:n]
+    found = _selected(values, n).sort(descending=True).values
+    assert torch.equal(found.nan_to_num(9e9), expected.nan_to_num(9e9))
+    assert found.isnan().sum() == expected.isnan().sum()
+    # what the level is: not a number where one of the largest is none
+    assert torch.equal(found.min().isnan(), expected.min().isnan())
+
+
+def test_most_values_stay_where_they_are():
+    """Only those above a bound are put into another order, which is much less to do."""
+    values = many_values("normal")
+    before = values.clone()
+    _selected(values, 600)
+    assert torch.equal(values, before)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads, until the test's end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def begun(sites: dict[str, torch.Tensor], cfg: TrainConfig) -> Training:
+    """A training of some sites that stands before its first step."""
+    ring = SimpleNamespace(
+        statistics={site: moments(x) for site, x in sites.items()},
+        first_rows=lambda site, count: sites[site][:count].clone(),
+    )
+    training = object.__new__(Training)
+    training.config, training.shard, training.position, training.ranks = cfg, None, None, alone()
+    training.rows = SimpleNamespace(ring=ring, device=torch.device("cpu"))
+    training.kernel = make_kernel(choose_kernel(torch.device("cpu"), "auto"))
+    training.trainers, training.probe_rows = {}, {}
+    training.begin()
+    return training
+
+
+def test_first_weights_depend_on_neither_threads_nor_neighbours(threads):
+    """To the bit: so wide that eigenvectors found by several threads together would differ."""
+    x = torch.randn(1000, 256, generator=torch.Generator().manual_seed(3)).cumsum(1)
+    sites = {f"blocks.{layer}.hook_resid_post": x + layer for layer in range(5)}
+    trainings = []
+    for count in (1, 2, 3):
+        threads(count)
+        trainings.append(begun(sites, config(width=256)))
+    alone_there = begun({name: sites[name] for name in list(sites)[3:4]}, config(width=256))
+    first = trainings[0]
+    assert list(first.trainers) == list(first.probe_rows) == list(sites)
+    for other in (*trainings[1:], alone_there):
+        for site, trainer in other.trainers.items():
+            expected = first.trainers[site]
+            assert trainer.numbers() == expected.numbers()
+            for name, tensor in trainer.tensors().items():
+                assert torch.equal(tensor, expected.tensors()[name]), name
+            assert torch.equal(other.probe_rows[site]["probe.rows"], first.probe_rows[site]["probe.rows"])
 
 
 def test_silent_latents_come_back():

@@ -3,9 +3,10 @@
 import hashlib
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from activations.ring import RowStatistics
@@ -16,8 +17,12 @@ from train.config import TrainConfig
 # pre-activations looked at to place the first thresholds: a quantile of so many is known to a few parts in a
 # thousand
 _SAMPLE = 2**24
-# values searched at once: a search takes several times their memory
+# values searched at once on a GPU: a search takes several times their memory
 _SEARCHED = 2**20
+# on a CPU one value of so many tells about where the n-th largest is: a prime, so as to meet all latents
+_PER_LOOKED_AT = 61
+# values that a bound may let by, as a share of all
+_LET_BY = 0.25
 # of so many directions, one may be taken for a strongest one
 _PER_PRINCIPAL = 16
 # rows that are all but within their strongest directions have no rest to be measured by: at least this share
@@ -25,6 +30,8 @@ _PER_PRINCIPAL = 16
 _LEAST_OUTSIDE = 1e-4
 # latents whose random numbers are drawn together: a multiple of 16
 _DRAWN = 4096
+PLACED_TOGETHER = 4
+"""Sites that threads of a CPU place at the same time, at most: each takes memory for its pre-activations."""
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -51,7 +58,7 @@ def first_weights(
     device = first_rows.device
     generator = torch.Generator().manual_seed(_site_seed(config.seed, site))
     mean = statistics.mean.to(device)
-    strongest, rest = _principal_directions(first_rows.float() - mean, config)
+    strongest, rest = _principal_directions(_copied(first_rows).sub_(mean), config)
     scale, latents = statistics.scale * rest, slice(0, config.width)
     if shard is not None:
         # the first shard's, since another kind of machine may round otherwise
@@ -60,7 +67,7 @@ def first_weights(
         latents = shard.latents
     directions = _first_directions(strongest, config.width, latents, generator)
     mean = mean / scale
-    centred = first_rows.float() / scale - mean
+    centred = _copied(first_rows).div_(scale).sub_(mean)
     weights = StepWeights(
         W_enc_t=directions.clone(),
         b_enc=torch.zeros(len(directions), device=device),
@@ -73,6 +80,11 @@ def first_weights(
     return Begun(weights, scale, _place_thresholds(config, weights, centred, shard))
 
 
+def _copied(rows: Float[Tensor, "row d_in"]) -> Float32[Tensor, "row d_in"]:
+    """The rows in fp32, to be changed in place: new memory takes longer to get than to be computed in."""
+    return rows.to(torch.float32, copy=True)
+
+
 def _place_thresholds(
     config: TrainConfig, weights: StepWeights, centred: Float[Tensor, "row d_in"], shard: Shard | None
 ) -> float:
@@ -80,11 +92,13 @@ def _place_thresholds(
     sample = centred[: max(64, _SAMPLE // config.width)]
     pre = sample @ weights.W_enc_t.T
     firing = min(len(sample) * config.width, max(1, round(config.l0_start * config.l0 * len(sample))))
+    # before the search, which may change their order
+    deviation = float(pre.std()) if shard is None else _deviation(pre, shard)
     largest = _largest(pre.flatten(), firing)
     if shard is None:
-        level, deviation = largest.min().clamp(min=0), float(pre.std())
+        level = largest.min().clamp(min=0)
     else:
-        level, deviation = nth_largest(largest.clamp(min=0), firing, shard), _deviation(pre, shard)
+        level = nth_largest(largest.clamp(min=0), firing, shard)
     weights.threshold.fill_(level)
     return config.bandwidth * deviation
 
@@ -150,7 +164,35 @@ def _random_rows(
 
 
 def _largest(values: Float[Tensor, " value"], n: int) -> Float[Tensor, " chosen"]:
-    """The n largest of the values, or all of fewer, with little memory beside theirs and that of n."""
+    """The n largest of the values, or all of fewer, with little memory beside theirs and that of n.
+
+    Those given may be left in another order.
+    """
+    return (_selected if values.device.type == "cpu" else _searched)(values, n)
+
+
+def _selected(values: Float[Tensor, " value"], n: int) -> Float[Tensor, " chosen"]:
+    """`_largest` on a CPU: by numpy's selection, in place, and mostly of those few that a bound lets by."""
+    left = values.numpy()
+    looked_at = left[::_PER_LOOKED_AT].copy()
+    wanted = n / _PER_LOOKED_AT
+    # with four standard deviations to spare
+    above = 1 + int(wanted + 4 * wanted**0.5)
+    if above < _LET_BY * len(looked_at):
+        looked_at.partition(len(looked_at) - above)
+        # in this way round a NaN is let by: it counts as largest, for numpy and for torch
+        high = left < looked_at[-above]
+        np.logical_not(high, out=high)
+        # where many values are equal, it may let by all of them
+        if n <= np.count_nonzero(high) <= _LET_BY * len(left):
+            left = left[high]
+    if n < len(left):
+        left.partition(len(left) - n)
+    return torch.from_numpy(left[max(0, len(left) - n) :])
+
+
+def _searched(values: Float[Tensor, " value"], n: int) -> Float[Tensor, " chosen"]:
+    """`_largest` on a GPU: part by part."""
     largest = values.new_empty(0)
     for part in values.split(_SEARCHED):
         both = torch.cat([largest, part])

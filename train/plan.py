@@ -17,6 +17,7 @@ from activations.store_writer import SHARD_BYTES
 from sae.errors import UserError
 from sae.numbers import format_size
 from train.config import TrainConfig
+from train.first_weights import PLACED_TOGETHER
 from train.times import Measured, Speeds, basis, evaluation_seconds, index_seconds, pass_flops, training_rates
 from train.together import divide
 
@@ -35,9 +36,9 @@ _SCORE = 12
 _STEP_BLOCK, _SIDE_BY_SIDE = 512, 4
 # bytes of a step's lists by row and unit of L0: candidates are about twice the active pairs
 _STEP_LISTS = 32
-# rows that first weights are placed by; pre-activations that the first thresholds are a quantile of, and the
-# memory of the search for it
-_FIRST_ROWS, _FIRST_PRE, _SEARCH = 8192, 2**24, 48 * 2**20
+# rows that first weights are placed by; pre-activations that the first thresholds are a quantile of; the
+# memory of the search for it on a GPU, and on a CPU that for each of them
+_FIRST_ROWS, _FIRST_PRE, _SEARCH, _SEARCH_CPU = 8192, 2**24, 48 * 2**20, 2
 # rows that a store gives at once
 _STORE_ROWS = 8192
 # bytes of the feature index per latent: examples with their context, compressed
@@ -338,14 +339,16 @@ def _working_memory(
     else:
         harvest = _forward(shape, sites, dtype, config.context, config.model_batch)
         made, name = config.model_batch * config.context * row, "model and step"
-    # weights and screens of the last site come after its thresholds
+    # weights and screens of the last sites come after their thresholds
     rest = (4 * _FP32 + 2) * config.own_width * widest
     first = min(_FIRST_ROWS, _ring_rows(config) // config.passes)
     looked_at = min(first, max(64, _FIRST_PRE // config.width)) * config.own_width
-    first_rows = first * widest * (dtype.itemsize + 2 * _FP32)
+    first_rows = first * widest * (dtype.itemsize + _FP32)
+    search = _SEARCH if on_gpu else _SEARCH_CPU * looked_at
+    at_once = min(threads, len(sites), PLACED_TOGETHER) if config.shard_latents == 1 else 1
     return {
         name: harvest + step,
-        "first thresholds": made + first_rows + looked_at * _FP32 + _SEARCH - rest,
+        "first thresholds": made + at_once * (first_rows + looked_at * _FP32 + search - rest),
         # a dictionary for raw activations, made for its file
         "saving": made + step + _FP32 * dictionary_parameters(config.width, widest),
     }

@@ -14,10 +14,11 @@ from torch import Tensor
 import sae
 from activations.positions import RingPosition
 from activations.ranks import RankLost, Ranks
-from activations.ring import RingBatch
+from activations.ring import RingBatch, RowStatistics
 from sae.dictionary import DictionaryConfig
 from sae.errors import UserError
 from sae.kernels.dispatch import choose_kernel, make_kernel, product_dtype
+from sae.kernels.workers import workers_for
 from sae.probe import spread_rows
 from train.checkpoints import (
     Checkpoint,
@@ -25,6 +26,7 @@ from train.checkpoints import (
     write_checkpoint,
 )
 from train.config import TrainConfig
+from train.first_weights import PLACED_TOGETHER
 from train.mirror import Mirror
 from train.rows import Rows
 from train.run_folder import RunFolder, versions
@@ -76,15 +78,39 @@ class Training:
         # a rank may have none either way
         if self.position is not None:
             return
-        made = {}
-        ring = self.rows.ring
-        statistics = ring.statistics
+        statistics = self.rows.ring.statistics
         with self.ranks.busy("placing the first weights"):
-            for site, moments in statistics.items():
+            made = self._begun(statistics)
+        for site in statistics:
+            self.trainers[site], self.probe_rows[site] = made[site]
+
+    def _begun(
+        self, statistics: Mapping[str, RowStatistics]
+    ) -> dict[str, tuple[SiteTrainer, dict[str, Tensor]]]:
+        """Each site's trainer before its first step, and its probe rows.
+
+        On a CPU several sites side by side, on a thread each: so weights depend neither on the number of
+        threads nor on which sites a rank has.
+        """
+        made, ring = {}, self.rows.ring
+
+        def begin(sites: Sequence[str]) -> None:
+            for site in sites:
                 first = ring.first_rows(site, _FIRST_ROWS)
-                made[site] = SiteTrainer.begin(self.config, site, moments, first, self.kernel, self.shard)
-                self.probe_rows[site] = {_PROBE_ROWS: spread_rows(first).cpu()}
-        self.trainers = made
+                trainer = SiteTrainer.begin(
+                    self.config, site, statistics[site], first, self.kernel, self.shard
+                )
+                made[site] = trainer, {_PROBE_ROWS: spread_rows(first).cpu()}
+
+        sites = list(statistics)
+        # shards must meet in the order of the sites
+        if self.shard is not None or self.rows.device.type != "cpu":
+            begin(sites)
+        else:
+            threads = torch.get_num_threads()
+            lanes = min(threads, PLACED_TOGETHER)
+            workers_for(threads).run(begin, [sites[lane::lanes] for lane in range(lanes)])
+        return made
 
     def make_step(self, batch: RingBatch) -> None:
         """One step of every site of this rank."""

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from activations.collector import resting_collector
 from train.cli import plan
 from train.cli.console import note, say, stdout
 from train.cli.options import DemoOptions, EvalOptions, IndexOptions, ViewOptions
@@ -41,7 +42,8 @@ def _make(options: DemoOptions, out: Path) -> "LanguageModel":
     """Trains; returns the model, which the rest needs too."""
     config = options.train_config(str(out))
     plan.check(config)
-    from train.cli import work  # late: mistakes above should not wait for transformers
+    with resting_collector():  # late: mistakes above should not wait for transformers
+        from train.cli import work
 
     model = work.load(config)
     # the pass over held-out text is made once for evaluation and index, so it is counted once
@@ -57,7 +59,8 @@ def _finish(options: DemoOptions, folder: RunFolder, model: "LanguageModel | Non
     measured = set(folder.eval_table()) >= set(folder.sites())
     indexed = all(is_whole(folder.index_dir(site)) for site in folder.sites())
     if not (measured and indexed):
-        from train.cli import indexing, work
+        with resting_collector():
+            from train.cli import indexing, work
 
         loaded = work.load_run(folder.path, dtype=options.dtype, device=options.device, model=model)
         tokens = options.held_out_tokens

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from activations.collector import resting_collector
 from activations.ranks import open_ranks
 from train.cli.console import note, stdout
 from train.cli.options import EvalOptions
@@ -19,7 +20,8 @@ def run(argv: list[str]) -> None:
     ]
     options = parse(EvalOptions, argv, verb="eval", examples=examples)
     run = RunFolder.open(options.run)
-    from train.cli import work  # late: a mistake above should not wait for transformers
+    with resting_collector():  # late: a mistake above should not wait for transformers
+        from train.cli import work
 
     with open_ranks() as ranks:
         ranks.agree("evaluation", {**dataclasses.asdict(options), "run.json": run.record()})

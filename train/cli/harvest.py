@@ -1,5 +1,6 @@
 """`jumpscope harvest`."""
 
+from activations.collector import resting_collector
 from activations.ranks import Ranks, open_ranks
 from activations.store_writer import begun_store
 from sae.errors import UserError
@@ -25,7 +26,8 @@ def _harvest(options: HarvestOptions, ranks: Ranks) -> None:
     begun = begun_store(options.out)
     if begun is not None and begun.rows < options.tokens:
         note(f"{options.out} holds {begun.rows:,} rows: going on from there")
-    from train.cli import work  # late: a mistake above should not wait for transformers
+    with resting_collector():  # late: a mistake above should not wait for transformers
+        from train.cli import work
 
     try:
         store = work.harvest(options, ranks)

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from activations.collector import resting_collector
 from activations.ranks import open_ranks
 from train.cli.console import say
 from train.cli.options import IndexOptions
@@ -21,7 +22,8 @@ def run(argv: list[str]) -> None:
     first = Path(options.sources[0])
     if first.is_dir() and not any(first.glob("*.*")):
         RunFolder.open(first)  # an empty folder is most likely meant to be a run
-    from train.cli import indexing  # late: a mistake above should not wait for transformers
+    with resting_collector():  # late: a mistake above should not wait for transformers
+        from train.cli import indexing
 
     with open_ranks() as ranks:
         ranks.agree("index", {**dataclasses.asdict(options), "sources": list(options.sources)})

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from activations.collector import resting_collector
 from activations.torchrun import this_rank, under_torchrun
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -119,7 +120,8 @@ def _dispatch(words: list[str]) -> int:
     _quiet_libraries()
     # a module may not be called as a keyword is
     module = f"{verb}_" if keyword.iskeyword(verb) else verb
-    run = importlib.import_module(f"train.cli.{module}").run
+    with resting_collector():
+        run = importlib.import_module(f"train.cli.{module}").run
     return _run_as_rank(verb, run, rest) if under_torchrun() else run(rest) or 0
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from activations.collector import resting_collector
 from activations.ranks import Ranks, alone
 from activations.shapes import model_shape
 from activations.sources import ready_folder
@@ -28,7 +29,8 @@ def run(argv: list[str]) -> None:
     config = parse(TrainConfig, argv, verb="plan", examples=examples, from_dict=TrainConfig.from_dict)
     plan = make_plan(config, world=config.shard_latents)
     if config.store or _at_hand(config.model):
-        from train.cli import work  # late: a mistake above should not wait for transformers
+        with resting_collector():  # late: a mistake above should not wait for transformers
+            from train.cli import work
 
         plan = show(config, None if config.store else work.load(config), world=config.shard_latents)
     else:

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from activations.collector import resting_collector
 from activations.ranks import Ranks, open_ranks
 from activations.torchrun import restarts
 from sae.errors import UserError
@@ -36,8 +37,9 @@ def _train(config: TrainConfig, resumed: Path | None, ranks: Ranks) -> None:
         facts = together(ranks, "the plan", lambda: plan.check(config, ranks.rank, ranks.world))
         if error := crowded(facts) if ranks.world > 1 else None:
             raise error
-    from train.cli import work  # late: a mistake above should not wait for transformers
-    from train.trainer import train_run
+    with resting_collector():  # late: a mistake above should not wait for transformers
+        from train.cli import work
+        from train.trainer import train_run
 
     if done:
         say(f"{resumed} is finished: there is nothing to go on with.")
