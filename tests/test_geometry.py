@@ -8,9 +8,19 @@ from hypothesis import strategies as st
 
 import sae
 from sae import DictionaryConfig
-from viewer.index import geometry
+from sae.kernels.int8 import quantised
+from viewer.index import geometry, nearest
+from viewer.index.adjacent import Between, adjacent_sites
 from viewer.index.firings import Firings
-from viewer.index.geometry import Neighbours, duplicates, encoder_decoder, neighbours, neuron_alignment
+from viewer.index.geometry import (
+    Neighbours,
+    duplicates,
+    encoder_decoder,
+    neighbours,
+    neighbours_of_both,
+    neuron_alignment,
+)
+from viewer.index.nearest import Integers, candidates_of_both
 
 
 @pytest.fixture(params=[True, False], ids=["integers", "floats"])
@@ -102,14 +112,143 @@ def test_neighbours_of_any_small_rows(n, m, count, seed, fast):
         assert len(set(ids.tolist())) == len(ids)
 
 
-def test_the_number_of_threads_changes_nothing(integers):
-    a, before = rows(1500), torch.get_num_threads()
-    found = []
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        found.append(neighbours(a, rows(900, seed=4)))
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
     torch.set_num_threads(before)
-    assert np.array_equal(found[0].ids, found[1].ids) and np.array_equal(found[0].cosine, found[1].cosine)
+
+
+def small_tiles(monkeypatch):
+    """Several tiles to a side, whose last lanes no word holds, at sizes that are quick."""
+    monkeypatch.setattr(nearest, "_TILE", 100)
+
+
+def same_bits(found, expected):
+    assert np.array_equal(found.ids, expected.ids)
+    assert np.array_equal(found.cosine.view(np.int32), expected.cosine.view(np.int32))
+
+
+def first_of_all(left, right, count):
+    """The candidates as they are defined: of all products, those that come first when sorted."""
+    scores = (left.values.double() @ right.values.double().T).float() * right.scale
+    scores, places = scores.sort(dim=1, descending=True, stable=True)
+    return scores[:, :count] * left.scale[:, None], places[:, :count]
+
+
+def some_integers(n, seed, few):
+    """Vectors with few values, where products tie all the time, or with many."""
+    generator = torch.Generator().manual_seed(seed)
+    if few:
+        return Integers(*quantised(torch.randint(-1, 2, (n, 4), generator=generator).float()))
+    return Integers(*quantised(rows(n, seed=seed)))
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize(("n", "m"), [(1, 63), (63, 1), (64, 200), (1000, 257), (230, 1000)])
+def test_candidates_are_the_first_of_all_products(n, m, few, threads, monkeypatch):
+    small_tiles(monkeypatch)
+    left, right = some_integers(n, 0, few), some_integers(m, 1, few)
+    of_left, of_right = min(30, m), min(30, n)
+    found = candidates_of_both(left, right, of_left=of_left, of_right=of_right)
+    expected = first_of_all(left, right, of_left), first_of_all(right, left, of_right)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.places, other[1]) and torch.equal(one.scores, other[0])
+    alone, none = candidates_of_both(left, right, of_left=of_left)
+    assert torch.equal(alone.places, found[0].places) and none.places.shape == (m, 0)
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("n", [1, 63, 100, 101, 400, 777])
+def test_half_of_the_products_of_one_side_say_all(n, few, threads, monkeypatch):
+    small_tiles(monkeypatch)
+    side = some_integers(n, 2, few)
+    found, again = candidates_of_both(side, side, of_left=min(30, n))
+    scores, places = first_of_all(side, side, min(30, n))
+    assert again is found and torch.equal(found.places, places) and torch.equal(found.scores, scores)
+
+
+def test_each_pair_of_strips_makes_one_tile():
+    for n in range(9):
+        tiles = nearest._tiles(n, None)
+        assert sorted(tuple(sorted(tile)) for tile in tiles) == [
+            (i, j) for i in range(n) for j in range(i, n)
+        ]
+        for m in range(4):
+            assert sorted(nearest._tiles(n, m)) == [(i, j) for i in range(n) for j in range(m)]
+
+
+def crowded(n, seed):
+    """`rows` with some of zeros and more copies than there are candidates."""
+    made = rows(n, seed=seed)
+    made[5::11] = 0
+    made[n // 2 : n // 2 + 60] = made[0]
+    return made
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 63), (63, 1000), (1000, 4097), (4097, 1)])
+def test_both_sides_at_once_are_as_each_alone(n, m, integers, threads):
+    a, b = crowded(n, 0), crowded(m, 1)
+    a_in_b, b_in_a = neighbours_of_both(a, b)
+    same_bits(a_in_b, neighbours(a, b))
+    same_bits(b_in_a, neighbours(b, a))
+    for own, others, found in ((a, b, a_in_b), (b, a, b_in_a)):
+        some, there = own.any(1), others.any(1)
+        full = min(10, int(there.sum()))
+        ids, cosine = found.ids[some.numpy()], found.cosine[some.numpy()]
+        assert (ids[:, full:] == -1).all() and there[torch.from_numpy(ids[:, :full]).long()].all()
+        among = (there.cumsum(0) - 1).numpy()[ids[:, :full]]
+        check_against_all(own[some], others[there], Neighbours(among, cosine[:, :full]))
+        assert (found.ids[~some.numpy()] == -1).all() and not found.cosine[~some.numpy()].any()
+
+
+def test_the_number_of_threads_changes_nothing(integers, monkeypatch):
+    small_tiles(monkeypatch)
+    a, b, before = crowded(1500, 0), crowded(900, 4), torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append([neighbours(a, b), neighbours(a, a, same=True), *neighbours_of_both(a, b)])
+    torch.set_num_threads(before)
+    for one, two, three in zip(*found, strict=True):
+        same_bits(one, two)
+        same_bits(one, three)
+
+
+def dictionary(site, seed, d=48):
+    cfg = DictionaryConfig(d_in=d, d_sae=70, architecture="relu", site_in=site)
+    tensors = {"W_enc": torch.zeros(d, 70), "b_enc": torch.zeros(70), "b_dec": torch.zeros(d)}
+    return sae.build(cfg, {"W_dec": rows(70, d, seed), **tensors})
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 10], [0, 10, 1, 2], [2, 1], [1], []])
+def test_a_pair_of_sites_is_searched_once(order, monkeypatch):
+    site = "blocks.{}.hook_resid_post".format
+    dictionaries = {site(layer): dictionary(site(layer), layer) for layer in (0, 1, 2, 10)}
+    searched = []
+
+    def count(search):
+        def counted(rows, others):
+            searched.append(search)
+            return search(rows, others)
+
+        return counted
+
+    for search in (neighbours, neighbours_of_both):
+        monkeypatch.setattr(f"viewer.index.adjacent.{search.__name__}", count(search))
+    made = list(map(site, order))
+    between = Between(dictionaries, made)
+    pairs = set()
+    for one in made:
+        for other in adjacent_sites(dictionaries, one).values():
+            pairs.add(frozenset((one, other)))
+            found = between.neighbours(one, other)
+            same_bits(found, neighbours(dictionaries[one].W_dec, dictionaries[other].W_dec))
+    assert len(searched) == len(pairs) and not between._kept
+    # sites that are made elsewhere, or were before, get nothing
+    both = [pair for pair in pairs if pair <= set(made)]
+    assert searched.count(neighbours_of_both) == len(both)
 
 
 def firings_of(sets):

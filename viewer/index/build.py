@@ -23,6 +23,7 @@ from sae import Dictionary, DictionaryConfig, UserError
 from sae.files import read_json
 from sae.sparse import SparseEncoder, SparseLatents
 from viewer.index import storage
+from viewer.index.adjacent import Between
 from viewer.index.evidence import DENSE, TextRows, gather_evidence
 from viewer.index.histogram import BINS_PER_OCTAVE, histogram_edges
 from viewer.index.lens import Vocabulary
@@ -200,11 +201,13 @@ class IndexBuilder:
             if writing and progress:
                 progress(written, self.n_latents)
 
+        to_make = [site for site in self.own if not self._is_written(site, checksum)]
         strings = TokenStrings(self.model.token_strings)
         strings.add(rows.texts.tokens)
         common = Common(
             model=self.model,
             dictionaries=self.dictionaries,
+            between=Between(self.dictionaries, to_make),
             # of all sites: it decides which arithmetic finds a latent's tokens
             vocabulary=Vocabulary.of(self.model, sum(d.cfg.d_sae for d in self.dictionaries.values()), int8),
             strings=strings,
@@ -213,7 +216,7 @@ class IndexBuilder:
         # one site is written while the next one's evidence is gathered
         with ThreadPoolExecutor(max_workers=1) as writer:
             for site in self.own:
-                work = None if self._is_written(site, checksum) else self._make(site, rows, checksum, common)
+                work = self._make(site, rows, checksum, common) if site in to_make else None
                 wait(writing)
                 writing = writer.submit(self._write_site, site, work)
             wait(writing)

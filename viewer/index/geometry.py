@@ -8,17 +8,18 @@ from jaxtyping import Float, Float32, Int, Int32
 from torch import Tensor
 
 from sae import Dictionary
-from sae.kernels.int8 import int8_is_fast, int8_products, quantised
+from sae.kernels.int8 import int8_is_fast, quantised
 from sae.kernels.workers import workers_for
 from viewer.index.firings import Firings
+from viewer.index.nearest import Candidates, Integers, candidates_of_both
 
 DUPLICATE_COSINE, DUPLICATE_JACCARD = 0.95, 0.5
 """Above both, two latents count as one thing learned twice."""
 
 # candidates of the search, in multiples of the neighbours wanted
 _CANDIDATES = 3
-# a tile of products that a core's cache holds, and the product is still busy
-_ROWS, _COLUMNS = 512, 4096
+# rows made ready at once, and searched by one thread
+_ROWS = 512
 # rows computed again at once
 _EXACT_ROWS = 128
 
@@ -54,6 +55,18 @@ class Alignment(NamedTuple):
     """Its share of the sum of all values without their signs; 0 for a row of zeros."""
 
 
+class _Prepared(NamedTuple):
+    """A dictionary's decoder rows, for the search."""
+
+    unit: Float32[Tensor, "latent d_out"]
+    """Of norm 1, or 0."""
+    there: Int[Tensor, " other"]
+    """The numbers of those that are not zeros, and these themselves:"""
+    vectors: Float32[Tensor, "other d_out"]
+    integers: Integers | None
+    """The same in 8-bit integers, where those are fast."""
+
+
 def neighbours(
     rows: Float[Tensor, "latent d_out"],
     others: Float[Tensor, "other d_out"],
@@ -69,42 +82,25 @@ def neighbours(
     candidates computed again. A row whose last candidate comes near the neighbours found, by the error seen
     in its candidates, is searched again in fp32. Nothing depends on the number of threads.
     """
-    left = _unit(rows)
-    right = left if same else _unit(others)
-    there = right.any(1).nonzero()[:, 0]
-    if len(there) < len(right):
-        right = right[there]
-    kept = min(_CANDIDATES * count, len(right))
-    as_int = None
-    if int8_is_fast(left.device):
-        ints = quantised(left)
-        as_int = (*ints, *(ints if right is left else quantised(right)))
-    ids = torch.full((len(left), count), -1, dtype=torch.int32)
-    cosine = torch.zeros(len(left), count)
+    left = _prepared(rows)
+    right = left if same else _prepared(others)
+    found = None
+    if left.integers is not None and right.integers is not None:
+        kept = _kept(count, right)
+        found, _ = candidates_of_both(left.integers, right.integers, of_left=kept)
+    return _nearest(left, right, found, count, same=same)
 
-    def search(start: int) -> None:
-        part = slice(start, start + _ROWS)
-        if as_int is None:
-            scores, found = (left[part] @ right.T).topk(kept, dim=1)
-        else:
-            scores, found = _candidates_int8(as_int, part, kept)
-        numbers = torch.arange(start, start + len(found), device=left.device)
-        own = numbers if same else torch.full_like(numbers, -1)
-        for first in range(0, len(found), _EXACT_ROWS):
-            piece = slice(first, first + _EXACT_ROWS)
-            row = left[part][piece]
-            best, value, sure = _ranked(row, right, there, own[piece], found[piece], scores[piece], count)
-            if not sure.all():
-                everything = row[~sure] @ right.T
-                again = _by_cosine(everything, there.expand(everything.shape), own[piece][~sure], count)
-                best[~sure], value[~sure] = again
-            place = slice(start + first, start + first + len(best))
-            ids[place, : best.shape[1]], cosine[place, : best.shape[1]] = best.int().cpu(), value.cpu()
 
-    if kept:
-        workers_for(torch.get_num_threads()).run(search, range(0, len(left), _ROWS))
-    ids[~left.any(1).cpu()] = -1
-    return Neighbours(ids.numpy(), torch.where(ids >= 0, cosine, 0).numpy())
+def neighbours_of_both(
+    rows: Float[Tensor, "latent d_out"], others: Float[Tensor, "other d_out"], *, count: int = 10
+) -> tuple[Neighbours, Neighbours]:
+    """`neighbours(rows, others)` and `neighbours(others, rows)`; integers are multiplied once for both."""
+    left, right = _prepared(rows), _prepared(others)
+    ahead = behind = None
+    if left.integers is not None and right.integers is not None:
+        kept = {"of_left": _kept(count, right), "of_right": _kept(count, left)}
+        ahead, behind = candidates_of_both(left.integers, right.integers, **kept)
+    return _nearest(left, right, ahead, count), _nearest(right, left, behind, count)
 
 
 def products_at(
@@ -186,37 +182,82 @@ def _unit(rows: Float[Tensor, "row d_out"]) -> Float[Tensor, "row d_out"]:
     return torch.where(norm > 0, rows / norm, 0)
 
 
-def _candidates_int8(
-    sides: tuple[Tensor, ...], part: slice, count: int
-) -> tuple[Float[Tensor, "row count"], Int[Tensor, "row count"]]:
-    """About the `count` largest products of some rows with all others, and the others' places."""
-    from viewer.index.loops import keep_largest  # late: numba takes a second to import
+def _prepared(rows: Float[Tensor, "latent d_out"]) -> _Prepared:
+    unit = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
+    as_int = int8_is_fast(rows.device)
+    values, scale = torch.empty(rows.shape if as_int else (0, 0), dtype=torch.int8), torch.empty(len(rows))
+    for start in range(0, len(rows), _ROWS):
+        part = slice(start, start + _ROWS)
+        unit[part] = some = _unit(rows[part])
+        if as_int:
+            values[part], scale[part] = quantised(some)
+    there = unit.any(1).nonzero()[:, 0]
+    if len(there) == len(unit):
+        return _Prepared(unit, there, unit, Integers(values, scale) if as_int else None)
+    return _Prepared(unit, there, unit[there], Integers(values[there], scale[there]) if as_int else None)
 
-    left, left_scale, right, right_scale = sides
-    scores = torch.full((len(left[part]), count), -torch.inf)
-    places = torch.zeros(scores.shape, dtype=torch.int64)
-    held = torch.empty(len(scores) * _COLUMNS, dtype=torch.int32)
-    for first in range(0, len(right), _COLUMNS):
-        span = slice(first, first + _COLUMNS)
-        size = right_scale[span].numpy()
-        products = int8_products(left[part], right[span], held).numpy()
-        keep_largest(products, size, first, scores.numpy(), places.numpy(), np.empty_like(size))
-    return scores * left_scale[part, None], places
+
+def _kept(count: int, others: _Prepared) -> int:
+    """How many candidates there are for `count` neighbours."""
+    return min(_CANDIDATES * count, len(others.there))
+
+
+def _nearest(
+    left: _Prepared, right: _Prepared, candidates: Candidates | None, count: int, *, same: bool = False
+) -> Neighbours:
+    """`neighbours`, from the candidates of those vectors on the left that are there; None: from products."""
+    n, kept = len(left.unit), _kept(count, right)
+    ids, cosine = torch.full((n, count), -1, dtype=torch.int32), torch.zeros(n, count)
+    if candidates is not None:
+        candidates = _of_all(candidates, left)
+
+    def search(start: int) -> None:
+        part = slice(start, start + _ROWS)
+        if candidates is None:
+            scores, found = (left.unit[part] @ right.vectors.T).topk(kept, dim=1)
+        else:
+            scores, found = candidates.scores[part], candidates.places[part]
+        numbers = torch.arange(start, start + len(found), device=left.unit.device)
+        own = numbers if same else torch.full_like(numbers, -1)
+        for first in range(0, len(found), _EXACT_ROWS):
+            piece = slice(first, first + _EXACT_ROWS)
+            row, mine = left.unit[part][piece], own[piece]
+            best, value, sure = _ranked(row, right, mine, found[piece], scores[piece], count)
+            if not sure.all():
+                everything = row[~sure] @ right.vectors.T
+                again = _by_cosine(everything, right.there.expand(everything.shape), mine[~sure], count)
+                best[~sure], value[~sure] = again
+            place = slice(start + first, start + first + len(best))
+            ids[place, : best.shape[1]], cosine[place, : best.shape[1]] = best.int().cpu(), value.cpu()
+
+    if kept:
+        workers_for(torch.get_num_threads()).run(search, range(0, n, _ROWS))
+    ids[~left.unit.any(1).cpu()] = -1
+    return Neighbours(ids.numpy(), torch.where(ids >= 0, cosine, 0).numpy())
+
+
+def _of_all(candidates: Candidates, side: _Prepared) -> Candidates:
+    """Candidates of all vectors from those of the ones that are there; a row of zeros has any, at 0."""
+    if len(side.there) == len(side.unit):
+        return candidates
+    shape = len(side.unit), candidates.places.shape[1]
+    scores, places = torch.zeros(shape), torch.zeros(shape, dtype=torch.int64)
+    scores[side.there], places[side.there] = candidates
+    return Candidates(scores, places)
 
 
 def _ranked(
     rows: Float[Tensor, "row d_out"],
-    right: Float[Tensor, "other d_out"],
-    there: Int[Tensor, " other"],
+    right: _Prepared,
     own: Int[Tensor, " row"],
     places: Int[Tensor, "row candidate"],
     scores: Float[Tensor, "row candidate"],
     count: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best of each row's candidates: numbers and cosines [row, count], and whether none is missing."""
-    exact = products_at(rows, right, places)
-    ids, cosine = _by_cosine(exact, there[places], own, count)
-    if places.shape[1] == len(right):
+    exact = products_at(rows, right.vectors, places)
+    ids, cosine = _by_cosine(exact, right.there[places], own, count)
+    if places.shape[1] == len(right.there):
         return ids, cosine, torch.ones_like(own, dtype=torch.bool)
     # what was left out scored no higher than the last candidate
     error = (exact - scores).abs().amax(1)

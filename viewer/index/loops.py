@@ -51,27 +51,6 @@ def keep_extremes(
 
 
 @compiled
-def keep_largest(products, scale, first, values, ids, room):
-    """As `keep_extremes`, for the largest scores alone: `values` float32 and `ids` int64 are [row, count]."""
-    last = values.shape[1] - 1
-    for r in range(products.shape[0]):
-        row = products[r]
-        for c in range(len(room)):
-            room[c] = np.float32(row[c]) * scale[c]
-        for start in range(0, len(room), _SPAN):
-            span = room[start : start + _SPAN]
-            # counted, since neither a maximum nor a loop that stops early is made of vectors
-            beyond = np.int32(0)
-            for c in range(len(span)):
-                beyond += np.int32(span[c] > values[r, last])
-            if beyond == 0:
-                continue
-            for c in range(len(span)):
-                if span[c] > values[r, last]:
-                    _insert(values[r], ids[r], span[c], first + start + c)
-
-
-@compiled
 def multiply_at(left, right, places, products):
     """`products[r, c]` is that of row r of `left` and row `places[r, c]` of `right`, summed in fp32.
 

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float32, Int
 
 from activations.int8 import HasUnembedding
-from activations.sites import kind_of, layer_of
 from sae import Dictionary
+from viewer.index.adjacent import Between, adjacent_sites
 from viewer.index.evidence import Evidence
 from viewer.index.geometry import (
     Alignment,
@@ -48,19 +48,6 @@ def lowest_activation(dictionary: Dictionary) -> Float32[np.ndarray, " latent"]:
     return threshold.detach().float().clamp(min=0).cpu().numpy()
 
 
-def adjacent_sites(dictionaries: Mapping[str, Dictionary], site: str) -> dict[str, str]:
-    """The nearest of these sites of the same kind and width above (`next`) and below (`previous`)."""
-    same = {
-        layer_of(other): other
-        for other, dictionary in dictionaries.items()
-        if kind_of(other) == kind_of(site) and dictionary.cfg.d_out == dictionaries[site].cfg.d_out
-    }
-    above = [layer for layer in same if layer > layer_of(site)]
-    below = [layer for layer in same if layer < layer_of(site)]
-    found = {"next": same[min(above)]} if above else {}
-    return found | ({"previous": same[max(below)]} if below else {})
-
-
 class TokenStrings(dict[int, str]):
     """The text of tokens, each decoded once."""
 
@@ -81,6 +68,7 @@ class Common:
     model: HasUnembedding
     dictionaries: Mapping[str, Dictionary]
     """The sites that are indexed together; neighbours in other layers are found among them."""
+    between: Between
     vocabulary: Vocabulary
     strings: TokenStrings
     reading: Reading
@@ -121,10 +109,7 @@ def make_tables(common: Common, site: str, found: Evidence) -> tuple[dict[str, p
     latents |= {"label_kind": labels.kind, "label_share": labels.share}
     near = [("cofiring", site, found.cofiring), ("cosine", site, _listed(own))]
     for kind, other in sorted(beside.items()):
-        # another rank's lies in a file that is mapped
-        theirs = dictionaries[other].W_dec.to(dictionary.W_dec.device)
-        rows = neighbours(dictionary.W_dec, theirs)
-        near.append((kind, other, _listed(rows)))
+        near.append((kind, other, _listed(common.between.neighbours(site, other))))
     columns = {LATENTS: latents, EXAMPLES: found.examples, DRIVERS: found.drivers, RELATED: _related(near)}
     return {name: make_table(SCHEMAS[name], table) for name, table in columns.items()}, facts
 
