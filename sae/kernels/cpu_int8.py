@@ -13,7 +13,7 @@ from numba import types
 from numba.extending import overload
 
 from sae.kernels.compiled import compiled
-from sae.kernels.cpu_loops import as_bits, as_float, bfloat16_bits, mark_pairs, widened
+from sae.kernels.cpu_loops import MARKS, as_bits, as_float, bfloat16_bits, mark_pairs, widened
 
 # a row of smaller numbers counts as rounded to nothing: their scale would have no inverse
 _TINY = 1e-30
@@ -37,7 +37,7 @@ def scan_integers(
     The rows are those from `first` on, and `found` pairs are in the lists already.
     """
     width, room = product.shape[1], len(rows)
-    marks = np.zeros((width + 7) // 8 * 8, np.uint8)
+    marks = np.zeros((width + MARKS - 1) // MARKS * MARKS, np.uint8)
     for b in range(len(product)):
         if found + width > room:
             return -1

@@ -14,6 +14,9 @@ from numba.extending import intrinsic, overload
 
 from sae.kernels.compiled import compiled
 
+MARKS = 64
+"""Marks looked at together, as many as a word has bits."""
+
 
 class Numbers(NamedTuple):
     """What a step's loops read beside arrays, as numpy scalars of the weights' dtype."""
@@ -180,18 +183,43 @@ def add4(total, i, table, rows, p, w0, w1, w2, w3):
         total[i, k] += (w0 * table[r0, k] + w1 * table[r1, k]) + (w2 * table[r2, k] + w3 * table[r3, k])
 
 
+@intrinsic
+def _marked(_context, marks, start):
+    """A word whose bit k says whether marks[start + k], uint8, is set."""
+
+    def build(context, builder, signature, arguments):
+        lanes = ir.VectorType(ir.IntType(8), MARKS)
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        there = builder.bitcast(builder.gep(array.data, [arguments[1]]), lanes.as_pointer())
+        none = ir.Constant(lanes, [0] * MARKS)
+        set_ones = builder.icmp_unsigned("!=", builder.load(there, align=1), none)
+        return builder.bitcast(set_ones, ir.IntType(MARKS))
+
+    return types.uint64(marks, start), build
+
+
+@intrinsic
+def lowest_bit(_context, bits):
+    """The place of the lowest bit that is set, of a uint64 that is not 0."""
+
+    def build(_, builder, _signature, arguments):
+        return builder.cttz(arguments[0], ir.IntType(1)(1))
+
+    return types.int64(bits), build
+
+
 @compiled
 def mark_pairs(marks, b, rows, columns, found):
     """Adds row b's marked columns to the pairs found; returns how many there are now."""
-    # comparisons become vectors when they only store; marks are then looked at eight at a time
-    eights = marks.view(np.uint64)
-    for eight in range(len(eights)):
-        if eights[eight]:
-            for j in range(8 * eight, 8 * eight + 8):
-                if marks[j]:
-                    rows[found] = b
-                    columns[found] = j
-                    found += 1
+    # comparisons become vectors when they only store; of their marks a word is made, of which set bits alone
+    # cost time
+    for start in range(0, len(marks), MARKS):
+        bits = _marked(marks, start)  # pyright: ignore[reportCallIssue]
+        while bits:
+            rows[found] = b
+            columns[found] = start + lowest_bit(bits)  # pyright: ignore[reportCallIssue]
+            found += 1
+            bits &= bits - np.uint64(1)
     return found
 
 
@@ -205,7 +233,7 @@ def scan_block(product, row_bound, row_norm, row_error, bound, norm, slack, rows
     """
     batch, width = product.shape
     found, room = 0, len(rows)
-    marks = np.zeros((width + 7) // 8 * 8, np.uint8)
+    marks = np.zeros((width + MARKS - 1) // MARKS * MARKS, np.uint8)
     for b in range(batch):
         if found + width > room:
             return -1

@@ -11,7 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from sae.kernels.compiled import compiled
-from sae.kernels.cpu_loops import as_bits, as_float
+from sae.kernels.cpu_loops import as_bits, as_float, lowest_bit
 
 # products compared together, as many as a word has bits
 _LANES = 64
@@ -33,7 +33,7 @@ def keep_in_rows(products, scale, first, keys, bounds):
         for start in range(0, whole, _LANES):
             bits = _reaching(row, start, scale, bounds[r])  # pyright: ignore[reportCallIssue]
             while bits:
-                c = start + _lowest(bits)  # pyright: ignore[reportCallIssue]
+                c = start + lowest_bit(bits)  # pyright: ignore[reportCallIssue]
                 bits &= bits - np.uint64(1)
                 bounds[r] = _keep(np.float32(row[c]) * scale[c], first + c, keys[r])
         for c in range(whole, len(scale)):
@@ -51,7 +51,7 @@ def keep_in_columns(products, scale, first, keys, bounds):
         for start in range(0, whole, _LANES):
             bits = _reaching(row, start, scale[r], bounds)  # pyright: ignore[reportCallIssue]
             while bits:
-                c = start + _lowest(bits)  # pyright: ignore[reportCallIssue]
+                c = start + lowest_bit(bits)  # pyright: ignore[reportCallIssue]
                 bits &= bits - np.uint64(1)
                 bounds[c] = _keep(np.float32(row[c]) * scale[r], first + r, keys[c])
         for c in range(whole, len(bounds)):
@@ -117,13 +117,3 @@ def _reaching(_context, products, start, scale, bound):
         return builder.bitcast(builder.fcmp_ordered(">=", scores, factors(3)), ir.IntType(_LANES))
 
     return types.uint64(products, start, scale, bound), build
-
-
-@intrinsic
-def _lowest(_context, bits):
-    """The place of the lowest bit that is set."""
-
-    def build(_, builder, _signature, arguments):
-        return builder.cttz(arguments[0], ir.IntType(1)(1))
-
-    return types.int64(bits), build
