@@ -14,7 +14,7 @@ from activations.losses import loss_vocabulary, next_token_losses
 from sae.kernels.int8 import quantised
 from viewer.index import lens
 from viewer.index.lens import top_logits
-from viewer.index.loops import keep_extremes
+from viewer.index.loops import count_bins, extremes, keep_extremes, no_extremes
 
 SIZES = [(1, 1), (3, 63), (2, 64), (5, 129), (4, 300)]
 
@@ -171,32 +171,56 @@ def test_integers_serve_many_rows_of_models_without_a_soft_cap(half_model, tiny_
 
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
 @pytest.mark.parametrize("size", [3, 1000, 10**7])
-def test_the_most_extreme_are_kept(rows, columns, size):
+def test_the_most_extreme_are_kept_and_the_first_of_equal_ones(rows, columns, size):
     rng = np.random.default_rng(columns)
-    products = rng.integers(-size, size + 1, (rows, 3 * columns)).astype(np.int32)
-    scale = rng.choice(np.array([0.5, 1, 2], np.float32), 3 * columns)
-    count = 5
-    values = np.full((rows, 2, count), -np.inf, np.float32)
-    ids = np.zeros((rows, 2, count), np.int64)
+    n_columns, count = 4 * columns, 5
+    products = rng.integers(-size, size + 1, (rows, n_columns)).astype(np.int32)
+    scale = rng.choice(np.array([0.5, 1, 2], np.float32), n_columns)
     cubes, histogram = np.zeros(rows), np.zeros((rows, 5), np.int32)
     per_bin = np.full(rows, 2.0 ** (1 - size.bit_length()), np.float32)  # exact, however it is rounded
-    for first in range(0, 3 * columns, columns):
+    found, filled = no_extremes(rows, count), 0
+    # what is there before must not matter
+    bins = np.full((rows, 4 * (columns // 128 + 1), 128), 255, np.uint8)
+    for first in range(0, n_columns, columns):
         span = slice(first, first + columns)
-        room = np.full(columns, np.nan, np.float32)
         tile = np.ascontiguousarray(products[:, span])
-        keep_extremes(
-            tile, scale[span], first, values, ids, room, 0, 10, 7, per_bin, cubes, histogram
+        filled = keep_extremes(
+            tile, scale[span], first, *found, count, cubes, 1, 3, per_bin, 5, bins, filled
         )  # fmt: skip
+        if first == columns:
+            count_bins(bins, filled, histogram)
+            filled = 0
+    count_bins(bins, filled, histogram)
     scores = products * scale
     np.testing.assert_allclose(cubes, (scores.astype(np.float64) ** 3).sum(1), rtol=1e-3, atol=1e-3 * size**3)
-    counted = scores[:, np.arange(3 * columns) % columns % 10 < 7] * per_bin[:, None] + np.float32(2.5)
-    bins = np.clip(counted.astype(np.int32), 0, 4)
-    assert histogram.tolist() == [np.bincount(row, minlength=5).tolist() for row in bins]
-    n = min(count, 3 * columns)
+    is_counted = np.arange(n_columns) % columns // 128 % 3 == 1
+    binned = np.clip((scores[:, is_counted] * per_bin[:, None] + np.float32(2.5)).astype(np.int32), 0, 4)
+    assert histogram.tolist() == [np.bincount(row, minlength=5).tolist() for row in binned]
+    values, ids = extremes(*found, count)
+    n = min(count, n_columns)
     for side, signed in enumerate((scores, -scores)):
-        assert values[:, side, :n].tolist() == (-np.sort(-signed, axis=1))[:, :n].tolist()
-        assert np.take_along_axis(signed, ids[:, side, :n], 1).tolist() == values[:, side, :n].tolist()
-        assert all(len(set(row)) == n for row in ids[:, side, :n].tolist())
+        order = np.argsort(-signed, axis=1, kind="stable")[:, :n]
+        assert ids[:, side, :n].tolist() == order.tolist()
+        assert values[:, side, :n].tolist() == np.take_along_axis(signed, order, 1).tolist()
+        assert (values[:, side, n:] == -np.inf).all()
+
+
+@pytest.mark.parametrize("downhill", [False, True])
+def test_extremes_are_kept_where_every_score_is_one_for_a_while(downhill):
+    columns, count = 4 * 512, 3
+    rising = np.arange(columns, dtype=np.int32)[None] - 700
+    products, cubes = (-rising if downhill else rising), np.zeros(1)
+    found, ones = no_extremes(1, count), np.ones(columns, np.float32)
+    bins = np.empty((1, 0, 128), np.uint8)
+    for first in range(0, columns, 512):
+        span = slice(first, first + 512)
+        tile = np.ascontiguousarray(products[:, span])
+        keep_extremes(tile, ones[span], first, *found, count, cubes, 4, 4, ones, 5, bins, 0)
+    values, ids = extremes(*found, count)
+    rise, fall = (1347, 1346, 1345), (700, 699, 698)
+    assert values[0].tolist() == [list(fall), list(rise)] if downhill else [list(rise), list(fall)]
+    ends = [[0, 1, 2], [2047, 2046, 2045]]
+    assert ids[0].tolist() == (ends if downhill else ends[::-1])
 
 
 @pytest.mark.parametrize("crowded", [False, True])

@@ -20,8 +20,10 @@ _LATENT_CHUNK = 1024
 _MIN_DIRECTIONS = 4096
 # candidates of the search in integers, in multiples of the tokens wanted
 _INT8_CANDIDATES = 4
-# a tile of products that a core's cache holds, and the product is still busy
-_INT8_TILE_ROWS, _INT8_TILE_COLUMNS = 512, 4096
+# a tile of products that is still in the cache when it is read, and the product is busy
+_INT8_TILE_ROWS, _INT8_TILE_COLUMNS = 512, 1024
+# spans whose bins are held until they are counted
+_BINNED_SPANS = 64
 # directions whose candidates are computed again at once
 _EXACT_ROWS = 256
 # columns of the vocabulary multiplied into its covariance at once
@@ -237,26 +239,41 @@ def _search_int8(
 
     `per_std` makes such a product standard deviations; the cubes put into `spread` lack it.
     """
-    from viewer.index.loops import keep_extremes  # late: numba takes a second to import
+    # late: numba takes a second to import
+    from viewer.index.loops import count_bins, extremes, keep_extremes, no_extremes
 
-    scores = torch.full((len(left), 2, count), -torch.inf)
-    ids = torch.zeros(scores.shape, dtype=torch.int64)
+    scores = torch.empty(len(left), 2, count)
+    ids = torch.empty(scores.shape, dtype=torch.int64)
     cubes, histogram = spread.cubes.numpy(), spread.histogram.numpy()
     per_bin = (per_std * _BINS_PER_STD).numpy()
+    tiles = [
+        (first, rows, scale.numpy())
+        for first, rows, scale in zip(
+            range(0, len(vocabulary.rows), _INT8_TILE_COLUMNS),
+            vocabulary.rows.split(_INT8_TILE_COLUMNS),
+            vocabulary.scale.split(_INT8_TILE_COLUMNS),
+            strict=True,
+        )
+    ]
+    most = -(-_INT8_TILE_COLUMNS // _SPAN)
 
     def search(start: int) -> None:
         part = slice(start, start + _INT8_TILE_ROWS)
-        values, places = scores[part].numpy(), ids[part].numpy()
-        held = torch.empty(len(values) * _INT8_TILE_COLUMNS, dtype=torch.int32)
-        for first in range(0, len(vocabulary.rows), _INT8_TILE_COLUMNS):
-            span = slice(first, first + _INT8_TILE_COLUMNS)
-            size = vocabulary.scale[span].numpy()
-            products = int8_products(left[part], vocabulary.rows[span], held).numpy()
-            keep_extremes(
-                products, size, first, values, places, np.empty_like(size),
-                (-(first // _SPAN)) % spread.stride * _SPAN, spread.stride * _SPAN, _SPAN,
-                per_bin[part], cubes[part], histogram[part],
+        rows = left[part]
+        found = no_extremes(len(rows), count)
+        held = torch.empty(len(rows) * _INT8_TILE_COLUMNS, dtype=torch.int32)
+        bins, filled = np.empty((len(rows), _BINNED_SPANS + most, _SPAN), np.uint8), 0
+        for first, tokens, size in tiles:
+            products = int8_products(rows, tokens, held).numpy()
+            counted = -(first // _SPAN) % spread.stride
+            filled = keep_extremes(
+                products, size, first, *found, count, cubes[part], counted,
+                spread.stride, per_bin[part], _BINS, bins, filled,
             )  # fmt: skip
+            if filled >= _BINNED_SPANS or first == tiles[-1][0]:
+                count_bins(bins, filled, histogram[part])
+                filled = 0
+        scores[part], ids[part] = map(torch.from_numpy, extremes(*found, count))
 
     workers_for(torch.get_num_threads()).run(search, range(0, len(left), _INT8_TILE_ROWS))
     return scores, ids

@@ -7,47 +7,162 @@ from sae.kernels.cpu_loops import widened
 
 # columns looked at together; only a span that holds something new is looked at one by one
 _SPAN = 128
+# the bin of a column that is not there, above every other; so many bins a table of pairs has room for
+_NO_BIN, _BINS = 63, 64
+
+
+def no_extremes(rows, count):
+    """What `keep_extremes` holds before the first tile: `values`, `ids`, `held` and `limits`."""
+    # one span must always fit behind those that are kept; the second makes it seldom that some must go
+    room = count + 2 * _SPAN
+    values, ids = np.empty((rows, 2, room), np.float32), np.empty((rows, 2, room), np.int32)
+    return values, ids, np.zeros((rows, 2), np.int64), np.full((rows, 2), -np.inf, np.float32)
+
+
+def extremes(values, ids, held, limits, count):
+    """Scores float32 and ids int64 [row, 2, count] of what `keep_extremes` holds, best first; -inf for none.
+
+    Of equal scores the first.
+    """
+    _drop(values, ids, held, limits, 0, len(held), count)
+    values = np.where(np.arange(count) < held[..., None], values[..., :count], -np.inf)
+    order = np.argsort(-values, axis=2, kind="stable")
+    return np.take_along_axis(values, order, 2), np.take_along_axis(ids[..., :count], order, 2).astype(
+        np.int64
+    )
 
 
 @compiled
 def keep_extremes(
-    products, scale, first, values, ids, room, counted, step, span, per_bin, cubes, histogram
+    products, scale, first, values, ids, held, limits, count, cubes,
+    counted, step, per_bin, n_bins, bins, filled,
 ):  # fmt: skip
     """Takes a tile of scores into each row's most extreme ones, and into how each row's are spread.
 
     score[r, c] = products[r, c] * scale[c], with products [row, column] int32 and scale [column] float32.
-    `values` float32 and `ids` int64 [row, 2, count] hold the largest scores (side 0) and the largest of
-    -score (side 1), best first, with -inf where there is none yet; `first` is the tile's first column.
-    `cubes` float64 [row] takes the sum of all cubes, and `histogram` int32 [row, bin] counts the scores of
-    `span` columns from `counted` and from every `step` columns on: score * per_bin[r] is in bins, with 0 in
-    the middle of the middle one. `room` is float32 [column] to work in.
+    The first `held` [row, 2] of `values` float32 and `ids` int32 [row, 2, room] are the `count` largest
+    scores (side 0) and the largest of -score (side 1), and more, by rising id: whatever was above `limits`
+    float32 [row, 2]. `first` is the tile's first column. `cubes` float64 [row] takes the sum of all cubes.
+
+    Of the tile's spans of 128 columns, every `step`th from `counted` on has its scores' bins put into `bins`
+    uint8 [row, span, column], behind the first `filled`; returns how many are filled then. score * per_bin[r]
+    is in one of `n_bins`, with 0 in the middle of the middle one, and the end bins hold what lies beyond.
     """
-    last = values.shape[2] - 1
-    # the count just added to is slow to add to again: eight tables take turns
-    tables = np.empty((8, histogram.shape[1]), np.int32)
-    for r in range(products.shape[0]):
-        row = products[r]
+    # slices and calls in these loops would cost as much as a span; no column is NaN, which beats nothing
+    room = np.full(-(-len(scale) // _SPAN) * _SPAN, np.nan, np.float32)
+    spans, eights = room.reshape(-1, _SPAN), room.reshape(-1, 8)
+    beyond = np.empty(_SPAN, np.bool_)
+    any_of_eight = beyond.view(np.uint64)
+    at = filled
+    for r in range(len(products)):
         total = np.float32(0)
-        for c in range(len(room)):
-            score = np.float32(row[c]) * scale[c]
+        for c in range(len(scale)):
+            score = np.float32(products[r, c]) * scale[c]
             room[c] = score
             total += score * score * score
         cubes[r] += np.float64(total)
-        for start in range(0, len(room), _SPAN):
-            part = room[start : start + _SPAN]
-            if len(part) == _SPAN and not _any_beyond(part, values[r, 0, last], -values[r, 1, last]):
+        for i in range(len(spans)):
+            above, below = limits[r, 0], -limits[r, 1]
+            # counted, since a loop that stops early is not made of vectors; in 32 bits, as the scores are
+            number = np.int32(0)
+            for c in range(_SPAN):
+                number = np.int32(number + np.int32((spans[i, c] > above) | (spans[i, c] < below)))
+            if number == 0:
                 continue
-            for c in range(len(part)):
-                if part[c] > values[r, 0, last]:
-                    _insert(values[r, 0], ids[r, 0], part[c], first + start + c)
-                if -part[c] > values[r, 1, last]:
-                    _insert(values[r, 1], ids[r, 1], -part[c], first + start + c)
-        tables[:] = 0
-        for start in range(counted, len(room), step):
-            _count(room[start : start + span], per_bin[r], tables)
-        for k in range(8):
-            for b in range(histogram.shape[1]):
-                histogram[r, b] += tables[k, b]
+            for c in range(_SPAN):
+                beyond[c] = (spans[i, c] > above) | (spans[i, c] < below)
+            most, least = held[r, 0], held[r, 1]
+            for e in range(len(any_of_eight)):
+                if any_of_eight[e] == 0:
+                    continue
+                k = i * (_SPAN // 8) + e
+                for c in range(8):
+                    # written whether it is wanted or not: what a guess would get wrong costs more
+                    values[r, 0, most], values[r, 1, least] = eights[k, c], -eights[k, c]
+                    ids[r, 0, most], ids[r, 1, least] = first + 8 * k + c, first + 8 * k + c
+                    most += eights[k, c] > above
+                    least += eights[k, c] < below
+            held[r, 0], held[r, 1] = most, least
+            if max(most, least) > values.shape[2] - _SPAN:
+                _drop(values, ids, held, limits, r, r + 1, count)
+        at = _put_in_bins(spans, len(scale), counted, step, per_bin[r], n_bins, bins, r, filled)
+    return at
+
+
+@compiled
+def _put_in_bins(spans, n_columns, counted, step, per_bin, n_bins, bins, r, at):
+    """The part of `keep_extremes` for the bins of a row, whose scores are `spans` [span, column]."""
+    middle, last_bin = np.float32(n_bins) / np.float32(2), np.int32(n_bins - 1)
+    for i in range(counted, len(spans), step):
+        for c in range(_SPAN):
+            place = np.int32(spans[i, c] * per_bin + middle)
+            bins[r, at, c] = np.uint8(min(max(place, np.int32(0)), last_bin))
+        for c in range(n_columns - i * _SPAN, _SPAN):
+            bins[r, at, c] = _NO_BIN
+        at += 1
+    return at
+
+
+@compiled
+def _drop(values, ids, held, limits, begin, end, count):
+    """Leaves the `count` largest of rows' sides, of equal ones the first, and sets what is to be beaten."""
+    bits = np.empty(values.shape[2], np.int32)
+    for r in range(begin, end):
+        for side in range(2):
+            n = held[r, side]
+            if n < count:
+                continue
+            for k in range(n):
+                bits[k] = np.int32(_in_order(np.float32(values[r, side, k]).view(np.int32)))
+            # the largest number that `count` are not below, by halves: a sort takes ten times as long
+            low, high = np.int64(-(2**31)), np.int64(2**31 - 1)
+            while low < high:
+                middle = (low + high + 1) >> 1
+                there, edge = np.int32(0), np.int32(middle)
+                for k in range(n):
+                    there = np.int32(there + np.int32(bits[k] >= edge))
+                low, high = (middle, high) if there >= count else (low, middle - 1)
+            equal, kept = count, 0
+            for k in range(n):
+                equal -= bits[k] > low
+            for k in range(n):
+                values[r, side, kept], ids[r, side, kept] = values[r, side, k], ids[r, side, k]
+                kept += bits[k] > low or (bits[k] == low and equal > 0)
+                equal -= bits[k] == low
+            held[r, side] = kept
+            limits[r, side] = np.int32(_in_order(low)).view(np.float32)
+
+
+@compiled
+def _in_order(bits):
+    """A float32's bits as a whole number that is larger where the float is; and the bits of such a number."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@compiled
+def count_bins(bins, filled, histogram):
+    """Adds the first `filled` spans of `bins`, of `keep_extremes`, to `histogram` int32 [row, bin].
+
+    There may be a thousand spans, and 63 bins. Counted are pairs of neighbours: they are half as many, and
+    seldom is one met again before it is written, which would take its time.
+    """
+    pairs = bins.reshape(len(bins), -1).view(np.uint16)
+    table = np.zeros((_BINS, 256), np.uint16)
+    flat = table.reshape(-1)
+    for r in range(len(bins)):
+        for p in range(filled * (_SPAN // 2)):
+            flat[pairs[r, p]] += np.uint16(1)
+        for i in range(_BINS):
+            total = np.int32(0)
+            for j in range(_BINS):
+                total = np.int32(total + np.int32(table[i, j]))
+            if total == 0:
+                continue
+            if i < histogram.shape[1]:
+                histogram[r, i] += total
+            for j in range(histogram.shape[1]):
+                histogram[r, j] += np.int32(table[i, j])
+            table[i, :_BINS] = 0
 
 
 @compiled
@@ -83,39 +198,9 @@ def count_common(starts, row, pairs, common):
 
 
 @compiled
-def _any_beyond(span, above, below):
-    """Whether any of _SPAN values may be larger than `above` or smaller than `below`."""
-    if np.isinf(above) or np.isinf(below):
-        return True
-    # one comparison for both sides, a little wide for its rounding; counted, since a loop that stops early
-    # is not made of vectors
-    middle, half = (above + below) / np.float32(2), (above - below) * np.float32(0.499999)
-    count = np.int32(0)
-    for c in range(_SPAN):
-        count += np.int32(abs(span[c] - middle) > half)
-    return count > 0
-
-
-@compiled
 def _insert(values, ids, value, place):
     rank = len(values) - 1
     while rank > 0 and values[rank - 1] < value:
         values[rank], ids[rank] = values[rank - 1], ids[rank - 1]
         rank -= 1
     values[rank], ids[rank] = value, place
-
-
-@compiled
-def _count(scores, per_bin, tables):
-    """Counts scores by bin, in eight tables that are to be added up."""
-    n_bins = tables.shape[1]
-    middle, last = np.float32(n_bins) / np.float32(2), np.int32(n_bins - 1)
-    bins = np.empty(len(scores), np.uint8)
-    for c in range(len(scores)):
-        bins[c] = np.uint8(min(max(np.int32(scores[c] * per_bin + middle), np.int32(0)), last))
-    whole = len(scores) - len(scores) % 8
-    for c in range(0, whole, 8):
-        for k in range(8):
-            tables[k, bins[c + k]] += 1
-    for c in range(whole, len(scores)):
-        tables[0, bins[c]] += 1
