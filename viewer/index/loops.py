@@ -195,12 +195,3 @@ def count_common(starts, row, pairs, common):
                 i += 1
             else:
                 j += 1
-
-
-@compiled
-def _insert(values, ids, value, place):
-    rank = len(values) - 1
-    while rank > 0 and values[rank - 1] < value:
-        values[rank], ids[rank] = values[rank - 1], ids[rank - 1]
-        rank -= 1
-    values[rank], ids[rank] = value, place
