@@ -220,9 +220,11 @@ def _expected_unembedding(
     model: LanguageModel, hidden: Float[Tensor, "row d_model"]
 ) -> Float[Tensor, "row d_model"]:
     """sum_v p[v] W_U[:, v] of each row, in fp32 from products in the model's dtype."""
-    unembedding = model.W_U.T
-    found = []
-    for rows in hidden.split(_CLEAN_ROWS):
+    unembedding, found = model.W_U.T, torch.empty(hidden.shape)
+
+    def fill(first: int) -> None:
+        part = slice(first, first + _CLEAN_ROWS)
+        rows = hidden[part]
         top = torch.full((len(rows), 1), -torch.inf)
         total, sums = torch.zeros_like(top), torch.zeros(rows.shape)
         for start in range(0, model.d_vocab, _CLEAN_COLUMNS):
@@ -237,5 +239,7 @@ def _expected_unembedding(
             total = total * shrink + weights.sum(-1, keepdim=True, dtype=torch.float32)
             sums = sums * shrink + weights @ unembedding[span]
             top = higher
-        found.append(sums / total)
-    return torch.cat(found)
+        found[part] = sums / total
+
+    workers_for(torch.get_num_threads()).run(fill, range(0, len(hidden), _CLEAN_ROWS))
+    return found
