@@ -1,5 +1,6 @@
 """The sizes of a model, from its configuration alone: what a plan needs before any weight is read."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def model_shape(name: str) -> ModelShape:
     """
     path = head_path(name)
     if path is not None:
-        return _from_head(read_head(path), path)
+        stat = path.stat() if path.exists() else None
+        return _of_file(path, stat and (stat.st_mtime_ns, stat.st_size))
     place = resolve(name)
     return _from_config(place if isinstance(place, Path) else config_folder(place))
 
@@ -63,6 +65,12 @@ def _shape(
         body_params=body_params,
         vocab_params=vocab_params,
     )
+
+
+@functools.lru_cache(maxsize=4)
+def _of_file(path: Path, _state: tuple[int, int] | None) -> ModelShape:
+    """Of a .gguf file in one state of it; its head holds the vocabulary: half a second to read."""
+    return _from_head(read_head(path), path)
 
 
 def _from_head(head: GgufHead, path: Path) -> ModelShape:

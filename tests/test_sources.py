@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import threading
 import types
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from conftest import tiny_tokenizer
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from activations import convert, hub, sources
+from activations import convert, hub, shapes, sources
 from activations.gguf_file import check_whole
 from activations.models import load_model, model_shape
 from sae.errors import UserError
@@ -109,6 +110,23 @@ def test_the_shape_is_known_from_the_head(tiny_gguf: Path, cache: Path) -> None:
     assert shape.widths["attn_z"] == model.site_width("blocks.0.attn.hook_z")
     plain: Any = model.bridge.original_model
     assert shape.body_params == sum(p.numel() for p in plain.base_model.parameters()) - VOCAB * D
+
+
+def test_the_head_is_read_again_when_the_file_has_changed(
+    tiny_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(tiny_gguf, path)
+    shape = model_shape(str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "read_head", no_conversion)
+        assert model_shape(str(path)) == shape
+        path.touch()
+        with pytest.raises(AssertionError):
+            model_shape(str(path))
+    path.unlink()
+    with pytest.raises(UserError, match=r"must be there|there is no"):
+        model_shape(str(path))
 
 
 def test_weights_finer_than_bf16_keep_their_precision(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """How long each phase takes, from a few rates."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping
 
@@ -52,8 +53,11 @@ class Speeds:
         return cls(product=product, forward=_FORWARD_EFFICIENCY * product)
 
 
+@functools.cache
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a matrix product of a training step's kind, over a quarter of a second or so."""
+    """Operations a second of a matrix product of a training step's kind, over a quarter of a second or so;
+    measured once in a process.
+    """
     a = torch.ones(1024, 1024, device=device, dtype=dtype)
     operations, elapsed, start = 0, 0.0, 0.0
     while elapsed < 0.25:
