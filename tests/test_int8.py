@@ -14,7 +14,7 @@ from activations.losses import loss_vocabulary, next_token_losses
 from sae.kernels.int8 import quantised
 from viewer.index import lens
 from viewer.index.lens import top_logits
-from viewer.index.loops import count_bins, extremes, keep_extremes, no_extremes
+from viewer.index.loops import _aligned, count_bins, extremes, keep_extremes, no_extremes
 
 SIZES = [(1, 1), (3, 63), (2, 64), (5, 129), (4, 300)]
 
@@ -221,6 +221,12 @@ def test_extremes_are_kept_where_every_score_is_one_for_a_while(downhill):
     assert values[0].tolist() == [list(fall), list(rise)] if downhill else [list(rise), list(fall)]
     ends = [[0, 1, 2], [2047, 2046, 2045]]
     assert ids[0].tolist() == (ends if downhill else ends[::-1])
+
+
+def test_room_begins_where_a_line_of_the_cache_does():
+    rooms = [_aligned(size) for size in (128, 1024, 1152) for _ in range(8)]
+    assert {room.ctypes.data % 64 for room in rooms} == {0}
+    assert [len(room) for room in rooms[::8]] == [128, 1024, 1152]
 
 
 @pytest.mark.parametrize("crowded", [False, True])

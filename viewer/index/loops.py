@@ -9,6 +9,8 @@ from sae.kernels.cpu_loops import widened
 _SPAN = 128
 # the bin of a column that is not there, above every other; so many bins a table of pairs has room for
 _NO_BIN, _BINS = 63, 64
+# a number with its byte n alone, times this, has n in its highest byte
+_BYTES = np.uint64(0x0001020304050607)
 
 
 def no_extremes(rows, count):
@@ -27,9 +29,8 @@ def extremes(values, ids, held, limits, count):
     _drop(values, ids, held, limits, 0, len(held), count)
     values = np.where(np.arange(count) < held[..., None], values[..., :count], -np.inf)
     order = np.argsort(-values, axis=2, kind="stable")
-    return np.take_along_axis(values, order, 2), np.take_along_axis(ids[..., :count], order, 2).astype(
-        np.int64
-    )
+    ids = np.take_along_axis(ids, order, 2).astype(np.int64)
+    return np.take_along_axis(values, order, 2), ids
 
 
 @compiled
@@ -48,9 +49,10 @@ def keep_extremes(
     uint8 [row, span, column], behind the first `filled`; returns how many are filled then. score * per_bin[r]
     is in one of `n_bins`, with 0 in the middle of the middle one, and the end bins hold what lies beyond.
     """
-    # slices and calls in these loops would cost as much as a span; no column is NaN, which beats nothing
-    room = np.full(-(-len(scale) // _SPAN) * _SPAN, np.nan, np.float32)
-    spans, eights = room.reshape(-1, _SPAN), room.reshape(-1, 8)
+    # slices and calls in these loops would cost as much as a span; behind the last column NaN beats nothing
+    room = _aligned(-(-len(scale) // _SPAN) * _SPAN)
+    room[:] = np.nan
+    spans = room.reshape(-1, _SPAN)
     beyond = np.empty(_SPAN, np.bool_)
     any_of_eight = beyond.view(np.uint64)
     at = filled
@@ -73,20 +75,30 @@ def keep_extremes(
                 beyond[c] = (spans[i, c] > above) | (spans[i, c] < below)
             most, least = held[r, 0], held[r, 1]
             for e in range(len(any_of_eight)):
-                if any_of_eight[e] == 0:
-                    continue
-                k = i * (_SPAN // 8) + e
-                for c in range(8):
-                    # written whether it is wanted or not: what a guess would get wrong costs more
-                    values[r, 0, most], values[r, 1, least] = eights[k, c], -eights[k, c]
-                    ids[r, 0, most], ids[r, 1, least] = first + 8 * k + c, first + 8 * k + c
-                    most += eights[k, c] > above
-                    least += eights[k, c] < below
+                rest = any_of_eight[e]
+                while rest != 0:
+                    # the lowest byte that is 1, taken away, and which it is
+                    lowest = rest & (~rest + np.uint64(1))
+                    rest ^= lowest
+                    c = i * _SPAN + e * 8 + np.int64((lowest * _BYTES) >> np.uint64(56))
+                    # written to both sides: what a guess would get wrong costs more
+                    values[r, 0, most], values[r, 1, least] = room[c], -room[c]
+                    ids[r, 0, most], ids[r, 1, least] = first + c, first + c
+                    most += room[c] > above
+                    least += room[c] < below
             held[r, 0], held[r, 1] = most, least
             if max(most, least) > values.shape[2] - _SPAN:
                 _drop(values, ids, held, limits, r, r + 1, count)
         at = _put_in_bins(spans, len(scale), counted, step, per_bin[r], n_bins, bins, r, filled)
     return at
+
+
+@compiled
+def _aligned(size):
+    """Room for float32 where a vector never lies on two lines of the cache."""
+    room = np.empty(size + 16, np.float32)
+    skipped = (-room.ctypes.data % 64) // 4
+    return room[skipped : skipped + size]
 
 
 @compiled
