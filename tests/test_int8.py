@@ -223,6 +223,17 @@ def test_extremes_are_kept_where_every_score_is_one_for_a_while(downhill):
     assert ids[0].tolist() == (ends if downhill else ends[::-1])
 
 
+def test_a_score_a_hair_above_many_equal_ones_is_kept():
+    # next to one another in float32
+    products = np.full((1, 1024), 2**23, np.int32)
+    products[0, 900] += 1
+    found, ones, bins = no_extremes(1, 2), np.ones(1024, np.float32), np.empty((1, 0, 128), np.uint8)
+    keep_extremes(products, ones, 0, *found, 2, np.zeros(1), 8, 8, ones, 5, bins, 0)
+    values, ids = extremes(*found, 2)
+    assert ids[0].tolist() == [[900, 0], [0, 1]]
+    assert values[0].tolist() == [[2**23 + 1, 2**23], [-(2**23)] * 2]
+
+
 def test_room_begins_where_a_line_of_the_cache_does():
     rooms = [_aligned(size) for size in (128, 1024, 1152) for _ in range(8)]
     assert {room.ctypes.data % 64 for room in rooms} == {0}

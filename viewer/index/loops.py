@@ -3,14 +3,12 @@
 import numpy as np
 
 from sae.kernels.compiled import compiled
-from sae.kernels.cpu_loops import widened
+from sae.kernels.cpu_loops import lowest_bit, widened
 
 # columns looked at together; only a span that holds something new is looked at one by one
 _SPAN = 128
 # the bin of a column that is not there, above every other; so many bins a table of pairs has room for
 _NO_BIN, _BINS = 63, 64
-# a number with its byte n alone, times this, has n in its highest byte
-_BYTES = np.uint64(0x0001020304050607)
 
 
 def no_extremes(rows, count):
@@ -77,10 +75,9 @@ def keep_extremes(
             for e in range(len(any_of_eight)):
                 rest = any_of_eight[e]
                 while rest != 0:
-                    # the lowest byte that is 1, taken away, and which it is
-                    lowest = rest & (~rest + np.uint64(1))
-                    rest ^= lowest
-                    c = i * _SPAN + e * 8 + np.int64((lowest * _BYTES) >> np.uint64(56))
+                    # a flag is the lowest bit of its byte
+                    c = i * _SPAN + e * 8 + lowest_bit(rest) // 8  # pyright: ignore[reportCallIssue]
+                    rest &= rest - np.uint64(1)
                     # written to both sides: what a guess would get wrong costs more
                     values[r, 0, most], values[r, 1, least] = room[c], -room[c]
                     ids[r, 0, most], ids[r, 1, least] = first + c, first + c
