@@ -10,7 +10,7 @@ from conftest import wrapped_model
 from activations import losses
 from activations.int8 import Int8Vocabulary
 from activations.loss_loops import add_tile, exp2_of_negative, largest
-from activations.losses import loss_vocabulary, next_token_losses
+from activations.losses import loss_vocabulary, next_token_ce, next_token_losses
 from sae.kernels.int8 import quantised
 from viewer.index import lens
 from viewer.index.lens import top_logits
@@ -143,6 +143,9 @@ def test_losses_by_integers_are_those_of_full_logits(half_model, monkeypatch, bi
         torch.testing.assert_close(kl.double(), expected_kl, rtol=0, atol=0.03)
         assert float((ce - expected_ce).mean().abs()) < 5e-3
         assert torch.equal(kl[0], torch.zeros(11))
+        # of variants in another order, without the clean one
+        alone = next_token_ce(half_model, hidden[[2, 1]], targets, vocabulary=vocabulary)
+        assert torch.equal(alone, ce[[2, 1]])
     finally:
         half_model._head.bias = None
 
@@ -218,7 +221,7 @@ def test_extremes_are_kept_where_every_score_is_one_for_a_while(downhill):
         keep_extremes(tile, ones[span], first, *found, count, cubes, 4, 4, ones, 5, bins, 0)
     values, ids = extremes(*found, count)
     rise, fall = (1347, 1346, 1345), (700, 699, 698)
-    assert values[0].tolist() == [list(fall), list(rise)] if downhill else [list(rise), list(fall)]
+    assert values[0].tolist() == ([list(fall), list(rise)] if downhill else [list(rise), list(fall)])
     ends = [[0, 1, 2], [2047, 2046, 2045]]
     assert ids[0].tolist() == (ends if downhill else ends[::-1])
 
