@@ -128,6 +128,15 @@ def test_a_killed_run_ends_as_if_nothing_had_happened(turn, server, store, undis
     assert_same(tmp_path / "run", undisturbed[source])
 
 
+@pytest.mark.parametrize("place", ["fsync", "replace"])
+def test_a_run_killed_before_it_has_its_first_file_begins_again(place, server, undisturbed, tmp_path):
+    run = tmp_path / "run"
+    assert server.train(run, at=[place, 1]) == -signal.SIGKILL, server.errors
+    assert list(run.glob(".run.json.*.tmp")) and not (run / "run.json").exists()
+    assert server.train(run) == 0, server.errors
+    assert_same(run, undisturbed[""])
+
+
 @pytest.mark.parametrize("turn", range(4))
 def test_a_run_killed_at_any_moment_goes_on(turn, server, undisturbed, tmp_path):
     draw = random.Random(SEED + turn)

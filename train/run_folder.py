@@ -51,6 +51,8 @@ class RunFolder:
             "versions": versions(),
         }
         run = cls(path, record)
+        # of a run that was killed before it had this first file
+        run.sweep()
         run._write()
         return run
 
