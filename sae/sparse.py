@@ -100,7 +100,9 @@ class _Screened:
     """The way of the training step on a CPU (sae/kernels/cpu.py)."""
 
     def __init__(self, dictionary: JumpReLU | BatchTopK) -> None:
-        from sae.kernels.cpu_forward import Buffers, Screens  # late: numba takes a second to import
+        # late: numba takes a second to import
+        from sae.kernels.cpu_balanced import Balancing
+        from sae.kernels.cpu_forward import Buffers, Screens
         from sae.kernels.workers import workers_for
 
         cfg = dictionary.cfg
@@ -122,14 +124,17 @@ class _Screened:
         self._gate = dictionary.threshold.detach().clamp(min=0).numpy()
         self._workers = workers_for(torch.get_num_threads())
         self._screens: Screens | None = None
+        self._balance = Balancing(*W_enc_t.shape)
         self._buffers = Buffers()
 
     def encode(self, x: Float[Tensor, "row d_in"]) -> SparseLatents:
+        from sae.kernels.cpu_balanced import BalancedForward
         from sae.kernels.cpu_forward import Forward, screens_for
 
-        encoder = self._weights.W_enc_t
-        self._screens = screens_for(self._screens, encoder, screen_dtype(encoder.device), self._workers)
-        step = Forward(
+        encoder, dtype = self._weights.W_enc_t, screen_dtype(self._weights.W_enc_t.device)
+        balanced = self._balance.screens
+        self._screens = balanced or screens_for(self._screens, encoder, dtype, self._workers)
+        step = (BalancedForward if balanced else Forward)(
             self._weights, self._screens, self._buffers, self._workers, gate=self._gate, l0=_PLANNED_L0
         )
         step.begin(x, x[:, :0])
@@ -138,4 +143,5 @@ class _Screened:
         firing = slice(int(starts[-1]))
         # copies: the buffers serve the next rows
         lists = (starts, latent[firing], activation[firing])
+        self._balance.learn(step)
         return SparseLatents(*(torch.from_numpy(part.copy()) for part in lists))

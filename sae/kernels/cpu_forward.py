@@ -34,7 +34,7 @@ _WASTE = {torch.bfloat16: 24, None: 8}
 # rounding to integers, beside what is measured of it: sums of squares in fp32
 _UNIT_INT8 = 2.0**-10
 # rows of integer products made at once
-_TILE = 256
+TILE = 256
 # candidates a row that buffers are made for at first, in multiples of the L0 aimed at
 PLANNED = 4
 
@@ -290,20 +290,22 @@ class Forward:
         """Product and screen of a block in integers, twice as long as bfloat16: some rows at a time, so that
         they fit a core's cache. The pairs found, or -1 if there is no room.
         """
-        encoder, scale = self.screens.product[part], self.screens.scale[part]
-        name, found = f"product {threading.get_ident()}", 0
-        above = self._above()
-        for tile in parts_of(self.batch, _TILE):
-            low = self.product_in[tile]
-            product = self.buffers.take(name, (len(low), len(encoder)), np.int32)
-            int8_products(low, encoder, torch.from_numpy(product.reshape(-1)))
+        scale, above, found = self.screens.scale[part], self._above(), 0
+        for tile in parts_of(self.batch, TILE):
             found = scan_integers(
-                product, self.row_scale[tile], scale, above[tile], self.row_norm[tile], self.row_error[tile],
-                bound, norm, slack, rows, columns, tile.start, found,
+                self._integers(tile, part), self.row_scale[tile], scale, above[tile], self.row_norm[tile],
+                self.row_error[tile], bound, norm, slack, rows, columns, tile.start, found,
             )  # fmt: skip
             if found < 0:
                 break
         return found
+
+    def _integers(self, tile: slice, part: slice) -> np.ndarray:
+        """The integer product of some rows and a block."""
+        low, encoder = self.product_in[tile], self.screens.product[part]
+        product = self.buffers.take(f"product {threading.get_ident()}", (len(low), len(encoder)), np.int32)
+        int8_products(low, encoder, torch.from_numpy(product.reshape(-1)))
+        return product
 
     def _above(self) -> np.ndarray:
         """The rows' own bounds, less what the product's rounding may hide."""
@@ -328,10 +330,12 @@ class Forward:
         worst = self.screens.error[part].max()
         # that rounding is also of what the margin holds, and two errors multiply: of half a unit, or measured
         norm = self.screens.norm[part] * self.dtype.type(1 + 2 * self.unit + (worst if self.integers else 0))
-        # products are summed in fp32 at best: (1 + eps)^d is below 1 + 2 d eps
-        summed = 2 * (self.d_in + 8) * (2.0**-24 if self.dtype == np.float32 else 2.0**-52)
-        slack = worst + summed
-        return bound, norm, self.dtype.type(slack)
+        return bound, norm, self.dtype.type(worst + self._summed)
+
+    @property
+    def _summed(self) -> float:
+        """What sums in fp32 at best may be off by, beside norms: (1 + eps)^d is below 1 + 2 d eps."""
+        return 2 * (self.d_in + 8) * (2.0**-24 if self.dtype == np.float32 else 2.0**-52)
 
     def _exact(self, block: int, rows: np.ndarray, columns: np.ndarray, found: int) -> None:
         part = self.blocks[block]
