@@ -1,11 +1,12 @@
 """What the CPU's screening product promises: it loses no pair, whatever it rounds to, and wastes little."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from step_problems import as_weights, assert_identical, copied, options, problem, run
 
-from sae.kernels import cpu_forward, cpu_step
+from sae.kernels import cpu_forward, cpu_loops, cpu_step
 from sae.kernels.cpu import CpuKernel
 from sae.kernels.step import StepState
 
@@ -192,3 +193,37 @@ def test_topk_is_right_whatever_the_first_bound_was(monkeypatch):
                 told = options(variant, k=1, product_dtype=product)
                 _, figures = run(CpuKernel(), copied(begin(weights)), x, x, told)
                 assert figures.fired.tolist() == [1, 0], (bound, product, variant)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("d_in", [1, 7, 17, 64, 163, 640])
+def test_a_pairs_value_has_the_same_bits_whatever_pairs_come_with_it(d_in, dtype):
+    g, batch, width = np.random.default_rng(d_in), 40, 11
+    x, encoder = (
+        g.standard_normal((batch, d_in)).astype(dtype),
+        g.standard_normal((width, d_in)).astype(dtype),
+    )
+    bias = g.standard_normal(width).astype(dtype)
+
+    def values_of(pairs):
+        rows, columns = (np.ascontiguousarray(part, np.int32) for part in np.nonzero(pairs))
+        values = np.empty(len(rows), dtype)
+        cpu_loops.exact_values(x, encoder, bias, rows, columns, len(rows), values)
+        return values
+
+    every = np.ones((batch, width), bool)
+    places = np.arange(every.size).reshape(every.shape)
+    alone = np.concatenate([values_of(places == p) for p in range(every.size)]).reshape(every.shape)
+    true = x.astype(np.longdouble) @ encoder.T.astype(np.longdouble) + bias
+    size = np.abs(x).astype(float) @ np.abs(encoder).T + np.abs(bias)
+    assert (np.abs(alone - true) <= (d_in + 1) * np.finfo(dtype).eps * size).all()
+    for share in (0.1, 0.3, 0.6, 1.0):
+        pairs = g.random(every.shape) < share
+        assert (values_of(pairs) == alone[pairs]).all()
+
+
+def test_buffers_begin_at_a_cache_line():
+    buffers = cpu_forward.Buffers()
+    for size, dtype in [(3, np.int32), (1000, np.float32), (10**6, np.float64)]:
+        held = buffers.at_least("one", size, dtype)
+        assert (len(held), held.dtype, held.ctypes.data % 64) == (size, dtype, 0)

@@ -35,6 +35,8 @@ _WASTE = {torch.bfloat16: 24, None: 8}
 _UNIT_INT8 = 2.0**-10
 # rows of integer products made at once
 TILE = 256
+# bytes of a cache line
+_LINE = 64
 # candidates a row that buffers are made for at first, in multiples of the L0 aimed at
 PLANNED = 4
 
@@ -127,7 +129,10 @@ class Buffers:
         """All that is held under a name: an array of that length or more."""
         held = self._held.get(name)
         if held is None or len(held) < size or held.dtype != dtype:
-            held = self._held[name] = np.empty(size, dtype)
+            # whole vectors that straddle two cache lines load at half the rate, and numpy begins anywhere
+            memory = np.empty(size * np.dtype(dtype).itemsize + _LINE, np.uint8)
+            begin = -memory.ctypes.data % _LINE
+            held = self._held[name] = memory[begin : len(memory) - _LINE + begin].view(dtype)
         return held
 
 

@@ -90,7 +90,7 @@ def _sum_gradients(j, level, W_dec, pairs, x, g, gamma_rows, gamma, half, enc_gr
     p, middle, end = pairs.starts[2 * j], pairs.starts[2 * j + 1], pairs.starts[2 * j + 2]
     while p < end:
         if p + 4 <= middle:
-            s0, s1, s2, s3 = dot4(g, rows, p, W_dec, j)
+            s0, s1, s2, s3 = dot4(g, rows[p], rows[p + 1], rows[p + 2], rows[p + 3], W_dec, j)
             add4(dec_gradient, 0, g, rows, p, values[p], values[p + 1], values[p + 2], values[p + 3])
             add4(enc_gradient, 0, x, rows, p, s0, s1, s2, s3)
             bias += (s0 + s1) + (s2 + s3)
