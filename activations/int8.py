@@ -8,16 +8,24 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from sae.kernels.int8 import quantised
+from sae.kernels.workers import workers_for
 
-# rows turned into integers at once
+# tokens summed at once, and taken as a sample
 _ROWS = 32_768
+# rows turned into integers at once, and coordinates whose mean is taken at once, by one thread
+_QUANTISED_ROWS, _MEAN_COORDINATES = 4096, 128
 
 
 def mean_column(W_U: Float[Tensor, "d_model d_vocab"]) -> Float[Tensor, " d_model"]:
     """The mean of an unembedding over its vocabulary, summed in fp64."""
     total = torch.zeros(len(W_U), dtype=torch.float64, device=W_U.device)
-    for part in W_U.split(_ROWS, dim=1):
-        total += part.sum(1, dtype=torch.float64)
+
+    def add(start: int) -> None:
+        some = slice(start, start + _MEAN_COORDINATES)
+        for part in W_U[some].split(_ROWS, dim=1):
+            total[some] += part.sum(1, dtype=torch.float64)
+
+    workers_for(torch.get_num_threads()).run(add, range(0, len(W_U), _MEAN_COORDINATES))
     return (total / W_U.shape[1]).float()
 
 
@@ -66,9 +74,12 @@ class Int8Vocabulary:
         divide = torch.where((ratio > 0) & ratio.isfinite(), ratio, 1)
         rows = torch.empty(columns.shape, dtype=torch.int8)
         scale = torch.empty(len(columns))
-        for start in range(0, len(columns), _ROWS):
-            part = slice(start, start + _ROWS)
+
+        def fill(start: int) -> None:
+            part = slice(start, start + _QUANTISED_ROWS)
             rows[part], scale[part] = quantised((columns[part].float() - mean) * divide)
+
+        workers_for(torch.get_num_threads()).run(fill, range(0, len(columns), _QUANTISED_ROWS))
         return cls(rows=rows, scale=scale, mean=mean, divide=divide)
 
     def left(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from viewer.index import evidence
+from viewer.index.ahead import OneAhead
 from viewer.index.evidence import BANDS, EXAMPLES_PER_BAND, TextRows, band_edges, gather_evidence
 from viewer.index.evidence_loops import scramble
 from viewer.index.firings import RowLists, Texts
@@ -59,7 +60,10 @@ def gather(texts, acts, lowest=0.0, examples=4):
     starts = np.searchsorted(row, np.arange(len(acts) + 1))
     lists = RowLists(starts.astype(np.int64), latent.astype(np.int32), acts[row, latent])
     bounds = np.full(acts.shape[1], lowest, np.float32)
-    return gather_evidence(lists, TextRows(texts), lowest=bounds, examples=examples)
+    with OneAhead(
+        lambda rows: gather_evidence(lists, rows, lowest=bounds, examples=examples), [TextRows(texts)], 1
+    ) as made:
+        return made.take()
 
 
 def rows_of(columns, latent):

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,15 +21,17 @@ from activations.int8 import HasUnembedding, Int8Vocabulary
 from activations.ranks import alone
 from sae import Dictionary, DictionaryConfig, UserError
 from sae.files import read_json
+from sae.kernels.workers import workers_for
 from sae.sparse import SparseEncoder, SparseLatents
 from viewer.index import storage
 from viewer.index.adjacent import Between
+from viewer.index.ahead import OneAhead
 from viewer.index.evidence import DENSE, TextRows, gather_evidence
 from viewer.index.histogram import BINS_PER_OCTAVE, histogram_edges
 from viewer.index.lens import Vocabulary
 from viewer.index.parts import PASS, Parts
 from viewer.index.share import Share
-from viewer.index.site_tables import Common, TokenStrings, lowest_activation, make_tables
+from viewer.index.site_tables import Common, Site, TokenStrings, lowest_activation, make_tables, prepare_site
 from viewer.index.storage import LATENTS
 from viewer.index.words import Reading
 
@@ -207,18 +209,24 @@ class IndexBuilder:
         common = Common(
             model=self.model,
             dictionaries=self.dictionaries,
-            between=Between(self.dictionaries, to_make),
             # of all sites: it decides which arithmetic finds a latent's tokens
             vocabulary=Vocabulary.of(self.model, sum(d.cfg.d_sae for d in self.dictionaries.values()), int8),
             strings=strings,
             reading=Reading.of(rows.texts, strings),
         )
-        # one site is written while the next one's evidence is gathered
-        with ThreadPoolExecutor(max_workers=1) as writer:
+        between = Between(self.dictionaries, to_make)
+        threads = workers_for(torch.get_num_threads()).threads
+        # while a site is written, the tables of the next are made and what is known of the one after that is
+        # gathered: some of each is done by one core alone
+        with (
+            ThreadPoolExecutor(max_workers=1) as writer,
+            OneAhead(lambda site: self._gather(site, rows, between), to_make, threads) as gathered,
+        ):
             for site in self.own:
-                work = self._make(site, rows, checksum, common) if site in to_make else None
+                work = self._make(site, rows, checksum, common, gathered) if site in to_make else None
                 wait(writing)
                 writing = writer.submit(self._write_site, site, work)
+                del work  # it is let go of once it is written
             wait(writing)
         self._ranks.share("the sites of the index", None)
         if self._ranks.first:
@@ -238,14 +246,22 @@ class IndexBuilder:
         facts = {"model": self.model.name, "text": self._text, "tokens": len(rows)}
         return storage.write_texts(self.out, rows.texts, facts)
 
-    def _make(self, site: str, rows: TextRows, checksum: str, common: Common) -> dict[str, Any]:
-        """What `storage.write_site` takes."""
-        dictionary = self.dictionaries[site]
-        found = gather_evidence(
-            self._parts.lists(site), rows, lowest=lowest_activation(dictionary), examples=self._examples
+    def _gather(self, site: str, rows: TextRows, between: Between) -> Generator[None, None, Site]:
+        """What the tables of a site are made from; touches nothing that the making of another one does."""
+        lowest = lowest_activation(self.dictionaries[site])
+        found = yield from gather_evidence(
+            self._parts.lists(site), rows, lowest=lowest, examples=self._examples
         )
-        tables, facts = make_tables(common, site, found)
-        cfg, states = dictionary.cfg, found.latents["state"]
+        return (yield from prepare_site(self.dictionaries, between, site, found))
+
+    def _make(
+        self, site: str, rows: TextRows, checksum: str, common: Common, gathered: OneAhead[str, Site]
+    ) -> dict[str, Any]:
+        """What `storage.write_site` takes."""
+        known = gathered.take()
+        tables, facts = make_tables(common, site, known)
+        found = known.found
+        cfg, states = self.dictionaries[site].cfg, found.latents["state"]
         manifest = {
             **self._identity(site, checksum),
             "site_in": cfg.site_in or site,

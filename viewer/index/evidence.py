@@ -3,7 +3,7 @@
 Everything follows from all firings on all the text, so it is exact, and the same however the text was cut.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,14 +67,15 @@ class Evidence:
 
 def gather_evidence(
     lists: RowLists, rows: TextRows, *, lowest: Float32[np.ndarray, " latent"], examples: int = 20
-) -> Evidence:
-    """All that follows from a site's firings on some texts.
+) -> Generator[None, None, Evidence]:
+    """All that follows from a site's firings on some texts; yields where it can be left, between long steps.
 
     `lowest` is what a latent's activations must be above: its threshold, or 0. It is the lower end of the
     range that is cut into bands. `examples` are kept of the highest.
     """
     d_sae = len(lowest)
     firings = Firings.by_latent(lists, d_sae)
+    yield
     counted = _count(firings)
     edges = band_edges(counted.maximum, lowest)
     number = firings.starts[1:] - firings.starts[:-1]
@@ -95,13 +96,13 @@ def gather_evidence(
         "histogram": make_lists(lengths, counts),
         "quantiles": edges,
     }
-    return Evidence(
-        firings=firings,
-        latents=latents,
-        examples=_examples(firings, rows, edges, examples),
-        drivers=_drivers(firings, rows, counted.total),
-        cofiring=_cofiring(firings, lists),
-    )
+    yield
+    chosen = _examples(firings, rows, edges, examples)
+    yield
+    drivers = _drivers(firings, rows, counted.total)
+    yield
+    cofiring = _cofiring(firings, lists)
+    return Evidence(firings=firings, latents=latents, examples=chosen, drivers=drivers, cofiring=cofiring)
 
 
 def band_edges(

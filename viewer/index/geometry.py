@@ -1,5 +1,6 @@
 """What a dictionary's weights say without any text: neighbours, copies, coordinates, encoder and decoder."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -149,13 +150,17 @@ def neuron_alignment(
     With a `head_width` the rows are the outputs of heads of that width side by side, whose own coordinates
     mean nothing: it is then the heads in which they are largest.
     """
-    values = rows.float()
-    if head_width:
-        values = values.unflatten(1, (-1, head_width)).norm(dim=2)
-    size, ids = values.abs().sort(dim=1, descending=True, stable=True)
-    ids, total = ids[:, :count], size.sum(1, keepdim=True)
-    share = torch.where(total > 0, size[:, :count] / total, 0)
-    return Alignment(*(t.cpu().numpy() for t in (ids.int(), values.gather(1, ids), share)))
+
+    def align(some: Tensor) -> tuple[Tensor, ...]:
+        values = some.float()
+        if head_width:
+            values = values.unflatten(1, (-1, head_width)).norm(dim=2)
+        size, ids = values.abs().sort(dim=1, descending=True, stable=True)
+        ids, total = ids[:, :count], size.sum(1, keepdim=True)
+        share = torch.where(total > 0, size[:, :count] / total, 0)
+        return ids.int(), values.gather(1, ids), share
+
+    return Alignment(*(t.cpu().numpy() for t in _by_rows(align, rows)))
 
 
 @torch.inference_mode()
@@ -166,11 +171,27 @@ def encoder_decoder(
 
     A vector of zeros has cosine 0. None for a transcoder: what it reads and what it writes are not one space.
     """
-    decoder = dictionary.W_dec.float()
-    norm = decoder.norm(dim=1).cpu().numpy()
+    decoder = dictionary.W_dec
+    (norm,) = _by_rows(lambda rows: (rows.float().norm(dim=1),), decoder)
     if dictionary.cfg.transcoder:
-        return norm, None
-    return norm, (_unit(decoder) * _unit(dictionary.W_enc.T)).sum(1).cpu().numpy()
+        return norm.cpu().numpy(), None
+    (cosine,) = _by_rows(
+        lambda rows, columns: ((_unit(rows) * _unit(columns)).sum(1),), decoder, dictionary.W_enc.T
+    )
+    return norm.cpu().numpy(), cosine.cpu().numpy()
+
+
+def _by_rows(work: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> list[Tensor]:
+    """What `work` makes of tensors that have a row a latent, some rows at a time on every core."""
+    n = len(inputs[0])
+    made: list[tuple[Tensor, ...]] = [()] * len(range(0, n, _ROWS))
+
+    def some(number: int) -> None:
+        part = slice(number * _ROWS, (number + 1) * _ROWS)
+        made[number] = work(*(whole[part] for whole in inputs))
+
+    workers_for(torch.get_num_threads()).run(some, range(len(made)))
+    return [torch.cat(parts) for parts in zip(*made, strict=True)]
 
 
 def _unit(rows: Float[Tensor, "row d_out"]) -> Float[Tensor, "row d_out"]:
@@ -186,11 +207,14 @@ def _prepared(rows: Float[Tensor, "latent d_out"]) -> _Prepared:
     unit = torch.empty(rows.shape, dtype=torch.float32, device=rows.device)
     as_int = int8_is_fast(rows.device)
     values, scale = torch.empty(rows.shape if as_int else (0, 0), dtype=torch.int8), torch.empty(len(rows))
-    for start in range(0, len(rows), _ROWS):
+
+    def fill(start: int) -> None:
         part = slice(start, start + _ROWS)
         unit[part] = some = _unit(rows[part])
         if as_int:
             values[part], scale[part] = quantised(some)
+
+    workers_for(torch.get_num_threads()).run(fill, range(0, len(rows), _ROWS))
     there = unit.any(1).nonzero()[:, 0]
     if len(there) == len(unit):
         return _Prepared(unit, there, unit, Integers(values, scale) if as_int else None)

@@ -26,8 +26,10 @@ _INT8_TILE_ROWS, _INT8_TILE_COLUMNS = 512, 1024
 _BINNED_SPANS = 64
 # directions whose candidates are computed again at once
 _EXACT_ROWS = 256
-# columns of the vocabulary multiplied into its covariance at once
-_GRAM_COLUMNS = 4096
+# columns of the vocabulary multiplied into its covariance at once, and products held until they are summed
+_GRAM_COLUMNS, _GRAM_PRODUCTS = 4096, 8
+# directions whose standard deviations are worked out at once
+_STD_ROWS = 1024
 _BINS, _BINS_PER_STD = 41, 2
 # the histogram counts every nth span of tokens, n such that this many are counted at least: the shape of the
 # distribution, at a quarter of the price where the vocabulary has 262,144
@@ -73,11 +75,8 @@ class Vocabulary:
         fast = many and int8_is_fast(unembed.device)
         int8 = (make() if make else Int8Vocabulary.of(model)) if fast else None
         mean = mean_column(unembed) if int8 is None else int8.mean
-        gram = torch.zeros(len(unembed), len(unembed), dtype=torch.float64, device=unembed.device)
-        for part in unembed.split(_GRAM_COLUMNS, dim=1):
-            # in its own dtype: many chunks of rounded sums, of which each is summed in fp32
-            gram += part @ part.T
-        return cls(mean=mean, covariance=gram / unembed.shape[1] - torch.outer(mean, mean), int8=int8)
+        covariance = _gram(unembed) / unembed.shape[1] - torch.outer(mean, mean)
+        return cls(mean=mean, covariance=covariance, int8=int8)
 
 
 def logit_histogram_edges() -> Float[np.ndarray, "edge"]:
@@ -131,7 +130,7 @@ def top_logits(
     count = min(count, unembed.shape[1] // 2)
     vocabulary = vocabulary or Vocabulary.of(model)
     read = linear_part(model.final_norm, directions.to(unembed.device).float(), unembed.dtype)
-    std = ((read.double() @ vocabulary.covariance) * read).sum(1).clamp(min=0).sqrt()
+    std = _std(read, vocabulary.covariance)
     spread = _Spread.empty(torch.where(std > 0, 1 / std, 0).float(), unembed.shape[1])
     if vocabulary.int8 is None:
         ids, logits = _top(read, unembed, vocabulary.mean, count, spread)
@@ -147,6 +146,41 @@ def top_logits(
         skew=(spread.cubes / unembed.shape[1]).float().cpu().numpy(),
         histogram=spread.histogram.cpu().numpy(),
     )
+
+
+def _gram(unembed: Float[Tensor, "d_model d_vocab"]) -> Float64[Tensor, "d_model d_model"]:
+    """The sum of the products of all columns with themselves."""
+    gram = torch.zeros(len(unembed), len(unembed), dtype=torch.float64, device=unembed.device)
+    parts = unembed.split(_GRAM_COLUMNS, dim=1)
+    products: dict[int, Tensor] = {}
+
+    def multiply(number: int) -> None:
+        # in its own dtype: many chunks of rounded sums, of which each is summed in fp32
+        products[number] = parts[number] @ parts[number].T
+
+    workers = workers_for(torch.get_num_threads())
+    for first in range(0, len(parts), _GRAM_PRODUCTS):
+        numbers = range(len(parts))[first : first + _GRAM_PRODUCTS]
+        workers.run(multiply, numbers)
+        # in order, so that the sum is the same whoever multiplied
+        for number in numbers:
+            gram += products.pop(number)
+    return gram
+
+
+def _std(
+    read: Float[Tensor, "latent d_model"], covariance: Float64[Tensor, "d_model d_model"]
+) -> Float64[Tensor, " latent"]:
+    """The standard deviation of each direction's logits over the vocabulary."""
+    std = torch.empty(len(read), dtype=torch.float64, device=read.device)
+
+    def fill(start: int) -> None:
+        part = read[start : start + _STD_ROWS]
+        variance = ((part.double() @ covariance) * part).sum(1)
+        std[start : start + _STD_ROWS] = variance.clamp(min=0).sqrt()
+
+    workers_for(torch.get_num_threads()).run(fill, range(0, len(read), _STD_ROWS))
+    return std
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

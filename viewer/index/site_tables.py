@@ -1,6 +1,6 @@
 """The tables of one site's index, from the evidence of its firings and from its weights."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,19 +68,29 @@ class Common:
     model: HasUnembedding
     dictionaries: Mapping[str, Dictionary]
     """The sites that are indexed together; neighbours in other layers are found among them."""
-    between: Between
     vocabulary: Vocabulary
     strings: TokenStrings
     reading: Reading
 
 
-@torch.inference_mode()
-def make_tables(common: Common, site: str, found: Evidence) -> tuple[dict[str, pa.Table], dict[str, Any]]:
-    """A table of each of `storage.SCHEMAS`, and what the manifest says of them.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """What is known of a site before its decoder rows are read as tokens, and its latents labelled."""
 
-    A dictionary that does not write to the residual stream has no logits.
+    found: Evidence
+    latents: Mapping[str, Any]
+    related: Sequence[tuple[str, str, Mapping[str, np.ndarray]]]
+    """The kind of relation, the site of the other latents, and columns."""
+    facts: Mapping[str, Any]
+
+
+def prepare_site(
+    dictionaries: Mapping[str, Dictionary], between: Between, site: str, found: Evidence
+) -> Generator[None, None, Site]:
+    """What follows from a site's firings and weights; yields where it can be left, between long steps.
+
+    The sites of an index go through it one after another, as `between` asks.
     """
-    model, dictionaries = common.model, common.dictionaries
     dictionary = dictionaries[site]
     threshold, (norm, cosine) = dictionary.firing_threshold, encoder_decoder(dictionary)
     latents = {
@@ -90,10 +100,31 @@ def make_tables(common: Common, site: str, found: Evidence) -> tuple[dict[str, p
         "encoder_decoder_cosine": cosine,
         "neuron_alignment": _alignment_column(neuron_alignment(dictionary.W_dec)),
     }
+    yield
     own = neighbours(dictionary.W_dec, dictionary.W_dec, same=True)
+    yield
     copies, beside = duplicates(own, found.firings), adjacent_sites(dictionaries, site)
     latents["duplicate_of"] = _duplicate_of(copies, len(found.firings))
-    facts: dict[str, Any] = {**beside, "duplicates": len(copies.latent), "logits": 0}
+    related = [("cofiring", site, found.cofiring), ("cosine", site, _listed(own))]
+    for kind, other in sorted(beside.items()):
+        related.append((kind, other, _listed(between.neighbours(site, other))))
+        yield
+    return Site(
+        found=found,
+        latents=latents,
+        related=related,
+        facts={**beside, "duplicates": len(copies.latent), "logits": 0},
+    )
+
+
+@torch.inference_mode()
+def make_tables(common: Common, site: str, known: Site) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    """A table of each of `storage.SCHEMAS`, and what the manifest says of them.
+
+    A dictionary that does not write to the residual stream has no logits.
+    """
+    model, dictionary, found = common.model, common.dictionaries[site], known.found
+    latents, facts = dict(known.latents), dict(known.facts)
     if _speaks(dictionary, site, model):
         logits = top_logits(model, dictionary.W_dec, count=LOGITS, vocabulary=common.vocabulary)
         latents |= _logit_columns(logits)
@@ -107,10 +138,8 @@ def make_tables(common: Common, site: str, found: Evidence) -> tuple[dict[str, p
     labels = make_labels(found.firings, common.reading, top_tokens=top, strings=common.strings)
     latents |= {"label": labels.text, "label_evidence": labels.evidence}
     latents |= {"label_kind": labels.kind, "label_share": labels.share}
-    near = [("cofiring", site, found.cofiring), ("cosine", site, _listed(own))]
-    for kind, other in sorted(beside.items()):
-        near.append((kind, other, _listed(common.between.neighbours(site, other))))
-    columns = {LATENTS: latents, EXAMPLES: found.examples, DRIVERS: found.drivers, RELATED: _related(near)}
+    columns: dict[str, Any] = {LATENTS: latents, EXAMPLES: found.examples, DRIVERS: found.drivers}
+    columns[RELATED] = _related(known.related)
     return {name: make_table(SCHEMAS[name], table) for name, table in columns.items()}, facts
 
 
