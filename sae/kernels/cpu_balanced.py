@@ -28,7 +28,7 @@ from sae.kernels.workers import Workers
 _STEP = 64
 # nanoseconds on one processor, as measured (Zen 4): a coordinate of a pair's product, the tail's product of a
 # pair that is left, and one of the d_in^2 products that turn a row
-_PER_COORDINATE, _PER_LEFT, _PER_TURN = 0.0053, float(__import__("os").environ.get("PL", "9")), 0.02
+_PER_COORDINATE, _PER_LEFT, _PER_TURN = 0.0053, 19.0, 0.02
 # rows and latents on which the head is chosen, and about what integers lose of a product of norms
 _SAMPLE, _LOST = 512, 0.016
 # second moments that rows and encoder have at least, beside the mean one: nothing is divided by zero
