@@ -163,8 +163,11 @@ def test_ctrl_c_in_a_terminal_is_one_line(tmp_path, early):
     os.killpg(launcher.pid, signal.SIGINT)
     _, err = launcher.communicate(timeout=100)
     assert launcher.returncode == 130
-    # one that was about to reach its launcher's store may say that it is gone
-    assert re.fullmatch(r"jumpscope: .*\n", err) if early else err == "jumpscope: stopped\n", err
+    if early:
+        # ranks that were about to reach their launcher's store say that it is gone: each of the two, at most
+        assert re.fullmatch(r"(jumpscope: .*\n){1,2}", err), err
+    else:
+        assert err == "jumpscope: stopped\n"
 
 
 def test_a_second_signal_to_the_launcher_ends_as_the_first(tmp_path):
