@@ -197,6 +197,22 @@ def test_an_encoder_is_balanced_once_it_has_seen_rows_enough(monkeypatch):
     assert ways(dictionary_for(x, g, fires=0.01), [x] * 4) == [PLAIN] * 2 + [BALANCED] * 2
 
 
+@pytest.mark.parametrize("made_in", [False, True])
+def test_an_encoder_may_be_made_in_inference_mode_and_used_outside(made_in, monkeypatch):
+    g = torch.Generator().manual_seed(1)
+    x = rows_like_a_residual_stream(g)
+    monkeypatch.setattr(cpu_balanced, "_AFTER", 2 * N)
+    monkeypatch.setattr(cpu_balanced, "_PER_TURN", 0)
+    dictionary = dictionary_for(x, g, fires=0.01)
+    with torch.inference_mode(made_in):
+        encoder = SparseEncoder(dictionary)
+        found = [encoder.encode(x)]
+    with torch.inference_mode(not made_in):
+        found += [encoder.encode(x) for _ in range(3)]
+    assert encoder._screened._balance.screens is not None
+    assert all(torch.equal(lists.activation, found[0].activation) for lists in found)
+
+
 def test_what_saves_nothing_is_left_alone(monkeypatch):
     g = torch.Generator().manual_seed(1)
     noise, stream = rows_of_noise(g), rows_like_a_residual_stream(g)

@@ -270,7 +270,8 @@ class Balancing:
         if self._over or not step.integers:
             return
         x = torch.from_numpy(step.x)
-        self._moments += x.T @ x
+        # not in place: it may have been made in inference mode, and this may be outside of it
+        self._moments = self._moments + x.T @ x
         self._rows += len(x)
         if self._rows < _AFTER:
             return
