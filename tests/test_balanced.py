@@ -197,6 +197,14 @@ def test_an_encoder_is_balanced_once_it_has_seen_rows_enough(monkeypatch):
     assert ways(dictionary_for(x, g, fires=0.01), [x] * 4) == [PLAIN] * 2 + [BALANCED] * 2
 
 
+def test_what_costs_much_to_balance_waits_for_more_rows():
+    """At 2,304 coordinates and 65,536 latents it takes half a minute of a processor."""
+    waits = [cpu_balanced.Balancing(d_sae, d_in) for d_sae, d_in in ((16_384, 640), (65_536, 2304))]
+    assert [balancing._after // 1000 for balancing in waits] == [8, 29]
+    assert [balancing._over for balancing in waits] == [False, False]
+    assert cpu_balanced.Balancing(4096, 640)._over and cpu_balanced.Balancing(16_384, 2304)._over
+
+
 @pytest.mark.parametrize("made_in", [False, True])
 def test_an_encoder_may_be_made_in_inference_mode_and_used_outside(made_in, monkeypatch):
     g = torch.Generator().manual_seed(1)

@@ -38,6 +38,9 @@ _TURNED, _SUMMED = 256, 128
 _SEED = 0
 # rows whose moments are enough: with fewer, more of other rows is left in the tail
 _AFTER = 8192
+# what balancing costs, in as many of those products as d_in^3 and d_in^2 d_sae are; it waits for so much of
+# the rows that would pay for it
+_DECOMPOSED, _LOWERED, _WAITS = 70, 2.5, 0.25
 
 
 class Halves(NamedTuple):
@@ -258,10 +261,13 @@ class Balancing:
 
     def __init__(self, d_sae: int, d_in: int) -> None:
         self.screens: Balanced | None = None
-        self._moments = torch.zeros(d_in, d_in, dtype=torch.float64)
-        self._rows = 0
-        # twice, since balancing itself is as much as some ten thousand rows
-        self._over = 2 * _PER_TURN * d_in**2 > _PER_COORDINATE * d_in / 2 * d_sae
+        self._moments, self._rows = torch.zeros(1, dtype=torch.float64), 0
+        turning = _PER_TURN * d_in**2
+        saved = _PER_COORDINATE * d_in / 2 * d_sae - turning
+        # what saves little of a row is hardly worth it
+        self._over = saved < turning
+        cost = turning * (_DECOMPOSED * d_in + _LOWERED * d_sae)
+        self._after = max(_AFTER, _WAITS * cost / saved) if not self._over else 0
 
     def learn(self, step: Forward) -> None:
         """Takes in a batch that was encoded."""
@@ -273,7 +279,7 @@ class Balancing:
         # not in place: it may have been made in inference mode, and this may be outside of it
         self._moments = self._moments + x.T @ x
         self._rows += len(x)
-        if self._rows < _AFTER:
+        if self._rows < self._after:
             return
         self._over = True
         bound = torch.from_numpy(step.gate - step.w["b_enc"])
