@@ -217,7 +217,7 @@ def test_an_encoder_may_be_made_in_inference_mode_and_used_outside(made_in, monk
         found = [encoder.encode(x)]
     with torch.inference_mode(not made_in):
         found += [encoder.encode(x) for _ in range(3)]
-    assert encoder._screened._balance.screens is not None
+    assert encoder._screened and encoder._screened._balance.screens
     assert all(torch.equal(lists.activation, found[0].activation) for lists in found)
 
 
