@@ -19,7 +19,7 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from sae.kernels.compiled import compiled
-from sae.kernels.cpu_forward import TILE, Buffers, Forward, Screens, parts_of
+from sae.kernels.cpu_forward import Buffers, Forward, Scan, Screens, parts_of
 from sae.kernels.cpu_int8 import lower_rows
 from sae.kernels.cpu_loops import MARKS, mark_pairs
 from sae.kernels.workers import Workers
@@ -230,30 +230,23 @@ class BalancedForward(Forward):
 
         self.workers.run(lower, parts_of(self.batch, _TURNED))
 
-    def _scan_integers(
-        self,
-        part: slice,
-        bound: np.ndarray,
-        norm: np.ndarray,
-        slack: Any,
-        rows: np.ndarray,
-        columns: np.ndarray,
-    ) -> int:
-        latents, above, found = self.screens.latents.part(part), self._above(), 0
+    def _scanner(self, part: slice, bound: np.ndarray, norm: np.ndarray, slack: Any) -> Scan:
+        latents, above = self.screens.latents.part(part), self._above()
         worst = _ratio(latents.tail_error, latents.tail_norm).max()
         latents = latents._replace(
             norm=norm, tail_norm=latents.tail_norm * np.float32(1 + 2 * self.unit + worst)
         )
         slacks = slack, np.float32(worst + self._summed)
-        for tile in parts_of(self.batch, TILE):
+
+        def scan(tile: slice, product: np.ndarray, rows: np.ndarray, columns: np.ndarray, found: int) -> int:
             found, looked_at = scan_halves(
-                self._integers(tile, part), self.halves.part(tile), latents, above[tile], bound, *slacks,
-                rows, columns, tile.start, found,
+                product, self.halves.part(tile), latents, above[tile], bound, *slacks, rows, columns,
+                tile.start, found,
             )  # fmt: skip
-            if found < 0:
-                break
             self.looked_at.append(looked_at)
-        return found
+            return found
+
+        return scan
 
 
 class Balancing:
@@ -279,7 +272,8 @@ class Balancing:
         # not in place: it may have been made in inference mode, and this may be outside of it
         self._moments = self._moments + x.T @ x
         self._rows += len(x)
-        if self._rows < self._after:
+        # a few rows are no sample to choose the head on
+        if self._rows < self._after or len(x) < _SAMPLE:
             return
         self._over = True
         bound = torch.from_numpy(step.gate - step.w["b_enc"])

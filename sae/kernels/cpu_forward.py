@@ -5,6 +5,7 @@ product; `cpu` says how it goes.
 import dataclasses
 import math
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,11 +35,15 @@ _WASTE = {torch.bfloat16: 24, None: 8}
 # rounding to integers, beside what is measured of it: sums of squares in fp32
 _UNIT_INT8 = 2.0**-10
 # rows of integer products made at once
-TILE = 256
+_TILE = 256
 # bytes of a cache line
 _LINE = 64
 # candidates a row that buffers are made for at first, in multiples of the L0 aimed at
 PLANNED = 4
+
+# of a tile of rows, its product with a block, the pairs' rows and columns, and how many pairs there are: how
+# many there are then, or -1 without room
+Scan = Callable[[slice, np.ndarray, np.ndarray, np.ndarray, int], int]
 
 
 @dataclasses.dataclass
@@ -295,15 +300,24 @@ class Forward:
         """Product and screen of a block in integers, twice as long as bfloat16: some rows at a time, so that
         they fit a core's cache. The pairs found, or -1 if there is no room.
         """
-        scale, above, found = self.screens.scale[part], self._above(), 0
-        for tile in parts_of(self.batch, TILE):
-            found = scan_integers(
-                self._integers(tile, part), self.row_scale[tile], scale, above[tile], self.row_norm[tile],
-                self.row_error[tile], bound, norm, slack, rows, columns, tile.start, found,
-            )  # fmt: skip
+        scan, found = self._scanner(part, bound, norm, slack), 0
+        for tile in parts_of(self.batch, _TILE):
+            found = scan(tile, self._integers(tile, part), rows, columns, found)
             if found < 0:
                 break
         return found
+
+    def _scanner(self, part: slice, bound: np.ndarray, norm: np.ndarray, slack: Any) -> Scan:
+        """What screens the integer products of a block."""
+        scale, above = self.screens.scale[part], self._above()
+
+        def scan(tile: slice, product: np.ndarray, rows: np.ndarray, columns: np.ndarray, found: int) -> int:
+            return scan_integers(
+                product, self.row_scale[tile], scale, above[tile], self.row_norm[tile], self.row_error[tile],
+                bound, norm, slack, rows, columns, tile.start, found,
+            )  # fmt: skip
+
+        return scan
 
     def _integers(self, tile: slice, part: slice) -> np.ndarray:
         """The integer product of some rows and a block."""
