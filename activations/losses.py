@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,12 +22,8 @@ _INT8_ROWS, _INT8_COLUMNS = 1024, 2048
 _CLEAN_ROWS, _CLEAN_COLUMNS = 256, 8192
 
 
-def loss_vocabulary(
-    model: LanguageModel, n_rows: int, make: Callable[[], Int8Vocabulary] | None = None
-) -> Int8Vocabulary | None:
+def loss_vocabulary(model: LanguageModel, n_rows: int) -> Int8Vocabulary | None:
     """What makes `next_token_losses` fast for so many rows of all variants; None where it would not.
-
-    `make` gives one that is there already.
 
     Only for models in bfloat16, whose own rounding is larger than that of the integers, and that do not cap
     their logits: sums over a vocabulary are then products with hidden states.
@@ -37,7 +32,7 @@ def loss_vocabulary(
         return None
     if not int8_is_fast(model.device):
         return None
-    return make() if make else Int8Vocabulary.of(model)
+    return Int8Vocabulary.of(model)
 
 
 @torch.inference_mode()

@@ -42,7 +42,6 @@ def evaluate(
     watch: Watch | None = None,
     progress: Progress | None = None,
     together: int = 0,
-    int8: Callable[[], Int8Vocabulary] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Measures every dictionary on the same held-out blocks; one dict of plain JSON values per site.
 
@@ -60,8 +59,7 @@ def evaluate(
     be had (one block has no standard error) is None.
 
     A site's numbers depend on the others by their number alone: `together`, where some are elsewhere.
-    `watch` is shown what the first pass finds, and `int8` gives the model's vocabulary in integers, for
-    others who want them too (the feature index).
+    `watch` is shown what the first pass finds, for others who want it too (the feature index).
 
     Raises UserError when the blocks hold no token that could be scored.
     """
@@ -87,7 +85,7 @@ def evaluate(
         report("reconstruction on held-out text", min(done, tokens), tokens)
     if not done:
         raise _no_text("no token")
-    words = loss_vocabulary(model, held * (1 + (together or len(dictionaries))), int8)
+    words = loss_vocabulary(model, held * (1 + (together or len(dictionaries))))
     losses = _spliced_losses(model, encoders, statistics, kept_for_losses, baseline_tokens, report, words)
     return {site: statistics[site].summary() | losses[site] for site in dictionaries}
 

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
+from sae.kernels.balance import balancing, evened
 from sae.kernels.compiled import compiled
 from sae.kernels.cpu_forward import Buffers, Forward, Scan, Screens, parts_of
 from sae.kernels.cpu_int8 import lower_rows
@@ -31,11 +32,8 @@ _STEP = 64
 _PER_COORDINATE, _PER_LEFT, _PER_TURN = 0.0053, 19.0, 0.02
 # rows and latents on which the head is chosen, and about what integers lose of a product of norms
 _SAMPLE, _LOST = 512, 0.016
-# second moments that rows and encoder have at least, beside the mean one: nothing is divided by zero
-_LEAST = 1e-4
 # rows turned at once, and coordinates summed at once: the fewer, the less rounding can do
 _TURNED, _SUMMED = 256, 128
-_SEED = 0
 # rows whose moments are enough: with fewer, more of other rows is left in the tail
 _AFTER = 8192
 # what balancing costs, in as many of those products as d_in^3 and d_in^2 d_sae are; it waits for so much of
@@ -103,13 +101,13 @@ class Balanced(Screens):
 
         `bound` is what a product must exceed if the latent is to fire.
         """
-        turn = _balancing(moments, (encoder.T @ encoder).double() / len(encoder))
+        turn = balancing(moments, (encoder.T @ encoder).double() / len(encoder))
         if turn is None:
             return None
         head = _best_head(turn, encoder, rows, bound)
         if head == len(turn):
             return None
-        turn = torch.cat([_at_random(head) @ turn[:head], _at_random(len(turn) - head) @ turn[head:]])
+        turn = evened(turn, [head, len(turn) - head])
         return cls.turned(encoder, turn.float(), head, workers)
 
     @classmethod
@@ -147,22 +145,6 @@ class Balanced(Screens):
         )
 
 
-def _balancing(
-    moments: Float64[Tensor, "d_in d_in"], encoder: Float64[Tensor, "d_in d_in"]
-) -> Float64[Tensor, "d_in d_in"] | None:
-    """A, for the second moments of both; None where there is nothing to balance."""
-    means = [part.diagonal().mean() for part in (moments, encoder)]
-    if not all(0 < mean < torch.inf for mean in means):
-        return None
-    least = torch.eye(len(moments), dtype=torch.float64) * _LEAST
-    moments, encoder = moments / means[0] + least, encoder / means[1] + least
-    lower = torch.linalg.cholesky(moments)
-    values, vectors = torch.linalg.eigh(lower.T @ encoder @ lower)
-    # both sides' moments become the root of these, the largest first
-    turned = torch.linalg.solve_triangular(lower, vectors.T, left=False, upper=False)
-    return (values.clamp(min=1e-12 * values[-1]) ** 0.25)[:, None].flip(0) * turned.flip(0)
-
-
 def _best_head(
     turn: Float64[Tensor, "d_in d_in"],
     encoder: Float[Tensor, "d_sae d_in"],
@@ -185,12 +167,6 @@ def _best_head(
         turning = _PER_TURN * d_in**2 / len(encoder)
         costs[head] = _PER_COORDINATE * head + _PER_LEFT * float(left) + turning
     return min(costs, key=lambda head: costs[head])
-
-
-def _at_random(size: int) -> Float64[Tensor, "size size"]:
-    """A rotation, the same every time."""
-    made = torch.randn(size, size, generator=torch.Generator().manual_seed(_SEED), dtype=torch.float64)
-    return torch.linalg.qr(made)[0]
 
 
 def _ratio(error: np.ndarray, norm: np.ndarray) -> np.ndarray:

@@ -6,8 +6,7 @@ and checked.
 
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from activations.blocks import Cursor, TokenBlocks, iter_blocks
 from activations.corpora import load_corpus
 from activations.exchange import owners
 from activations.harvest import RowBatch, Wanted, harvest_rows
-from activations.int8 import Int8Vocabulary
 from activations.models import LanguageModel, load_model
 from activations.precision import pick_dtype
 from activations.ranks import Ranks, alone
@@ -301,12 +299,10 @@ def measure(
     with hold(root, "indexing into") if index else contextlib.nullcontext():
         text = loaded.text(wanted, options.corpus)
         builder = IndexBuilder(loaded.model, loaded.dictionaries, root, text=text) if index else None
-        # losses and index both read all of the vocabulary: it is turned into integers once
-        int8 = functools.cache(lambda: Int8Vocabulary.of(loaded.model))
-        found = _measure(loaded, options, wanted, builder, ranks or alone(), int8)
+        found = _measure(loaded, options, wanted, builder, ranks or alone())
         if builder:
             with progress(unit="latents") as report:
-                builder.write(lambda done, total: report("feature index", done, total), int8)
+                builder.write(lambda done, total: report("feature index", done, total))
     return found
 
 
@@ -316,7 +312,6 @@ def _measure(
     wanted: int,
     builder: IndexBuilder | None,
     ranks: Ranks,
-    int8: Callable[[], Int8Vocabulary],
 ) -> dict[str, dict[str, Any]]:
     plan.tell_time(
         loaded.config,
@@ -337,7 +332,6 @@ def _measure(
                 watch=builder and builder.add,
                 progress=report,
                 together=len(loaded.owner),
-                int8=int8,
             )
             if loaded.dictionaries
             else {}

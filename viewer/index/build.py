@@ -17,7 +17,7 @@ from torch import Tensor
 
 from activations.blocks import Cursor, TokenBlocks
 from activations.harvest import check_finite
-from activations.int8 import HasUnembedding, Int8Vocabulary
+from activations.int8 import HasUnembedding
 from activations.ranks import alone
 from sae import Dictionary, DictionaryConfig, UserError
 from sae.files import read_json
@@ -178,15 +178,8 @@ class IndexBuilder:
         self._parts.take(other._parts)
 
     @torch.inference_mode()
-    def write(
-        self,
-        progress: Callable[[int, int], None] | None = None,
-        int8: Callable[[], Int8Vocabulary] | None = None,
-    ) -> dict[str, Path]:
-        """Writes the index of the sites here, once. Returns all sites' folders; `progress` counts latents.
-
-        `int8` gives the model's vocabulary in integers, where others have made it.
-        """
+    def write(self, progress: Callable[[int, int], None] | None = None) -> dict[str, Path]:
+        """Writes the index of the sites here, once. Returns all sites' folders; `progress` counts latents."""
         if not self.rows:
             raise UserError(
                 "the index needs text", "no token to index", "give a corpus with held-out documents"
@@ -210,7 +203,7 @@ class IndexBuilder:
             model=self.model,
             dictionaries=self.dictionaries,
             # of all sites: it decides which arithmetic finds a latent's tokens
-            vocabulary=Vocabulary.of(self.model, sum(d.cfg.d_sae for d in self.dictionaries.values()), int8),
+            vocabulary=Vocabulary.of(self.model, sum(d.cfg.d_sae for d in self.dictionaries.values())),
             strings=strings,
             reading=Reading.of(rows.texts, strings),
         )

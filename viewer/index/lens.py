@@ -5,12 +5,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, Int, Int8
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
-from activations.int8 import HasUnembedding, Int8Vocabulary, mean_column
-from sae.kernels.int8 import int8_is_fast, int8_products
+from activations.int8 import HasUnembedding, mean_column
+from sae.kernels.int8 import int8_is_fast, quantised
 from sae.kernels.workers import workers_for
+from viewer.index.extremes import SearchedVocabulary
 from viewer.index.geometry import products_at
 
 _GROUP = 64
@@ -20,10 +21,6 @@ _LATENT_CHUNK = 1024
 _MIN_DIRECTIONS = 4096
 # candidates of the search in integers, in multiples of the tokens wanted
 _INT8_CANDIDATES = 4
-# a tile of products that is still in the cache when it is read, and the product is busy
-_INT8_TILE_ROWS, _INT8_TILE_COLUMNS = 512, 1024
-# spans whose bins are held until they are counted
-_BINNED_SPANS = 64
 # directions whose candidates are computed again at once
 _EXACT_ROWS = 256
 # columns of the vocabulary multiplied into its covariance at once, and products held until they are summed
@@ -61,21 +58,24 @@ class Vocabulary:
     mean: Float[Tensor, " d_model"]
     covariance: Float64[Tensor, "d_model d_model"]
     """Over the tokens."""
-    int8: Int8Vocabulary | None
+    int8: SearchedVocabulary | None
     """What makes a search for many directions fast; None where it would not."""
 
     @classmethod
     @torch.inference_mode()
-    def of(
-        cls, model: HasUnembedding, n_directions: int = 0, make: Callable[[], Int8Vocabulary] | None = None
-    ) -> "Vocabulary":
-        """For about so many directions. `make` gives integers that are there already."""
+    def of(cls, model: HasUnembedding, n_directions: int = 0) -> "Vocabulary":
+        """For about so many directions."""
         unembed = model.W_U
-        many = n_directions >= _MIN_DIRECTIONS and unembed.shape[1] >= _VOCAB_CHUNK
-        fast = many and int8_is_fast(unembed.device)
-        int8 = (make() if make else Int8Vocabulary.of(model)) if fast else None
-        mean = mean_column(unembed) if int8 is None else int8.mean
-        covariance = _gram(unembed) / unembed.shape[1] - torch.outer(mean, mean)
+        d_model, d_vocab = unembed.shape
+        mean = mean_column(unembed)
+        covariance = _gram(unembed) / d_vocab - torch.outer(mean, mean)
+        if n_directions < _MIN_DIRECTIONS or d_vocab < _VOCAB_CHUNK or not int8_is_fast(unembed.device):
+            return cls(mean=mean, covariance=covariance, int8=None)
+        # directions are as likely to point one way as another, before the norm weighs them
+        each = linear_part(model.final_norm, torch.eye(d_model), unembed.dtype).double()
+        int8 = SearchedVocabulary.of(
+            unembed, mean, each.T @ each, covariance, _counted(d_vocab).nonzero()[:, 0]
+        )
         return cls(mean=mean, covariance=covariance, int8=int8)
 
 
@@ -123,8 +123,8 @@ def top_logits(
     and histogram are summed while searching. Products are searched in W_U's own dtype, a chunk of the
     vocabulary at a time; three times as many candidates as are wanted are then computed in fp32 and ranked
     by that. With a `vocabulary` made for many directions they are searched in 8-bit integers, for more
-    candidates; a direction whose last candidate comes near the tokens found, by the error seen in them, is
-    searched again.
+    candidates; a direction for which what was left out comes near the tokens found, by the error seen in
+    them, is searched again. The skewness is then summed over 99 % of the logits' variance for most tokens.
     """
     unembed = model.W_U
     count = min(count, unembed.shape[1] // 2)
@@ -135,7 +135,7 @@ def top_logits(
     if vocabulary.int8 is None:
         ids, logits = _top(read, unembed, vocabulary.mean, count, spread)
     else:
-        ids, logits, doubtful = _top_by_int8(read, unembed, vocabulary.int8, count, spread)
+        ids, logits, doubtful = _top_by_int8(read, unembed, vocabulary.mean, vocabulary.int8, count, spread)
         if doubtful.any():
             ids[doubtful], logits[doubtful] = _top(read[doubtful], unembed, vocabulary.mean, count)
     return TokenLogits(
@@ -146,6 +146,12 @@ def top_logits(
         skew=(spread.cubes / unembed.shape[1]).float().cpu().numpy(),
         histogram=spread.histogram.cpu().numpy(),
     )
+
+
+def _counted(d_vocab: int) -> Bool[Tensor, " token"]:
+    """Which tokens the histograms count."""
+    spans = torch.arange(d_vocab) // _SPAN
+    return spans % max(1, d_vocab // _COUNTED) == 0
 
 
 def _gram(unembed: Float[Tensor, "d_model d_vocab"]) -> Float64[Tensor, "d_model d_model"]:
@@ -189,22 +195,22 @@ class _Spread:
 
     per_std: Float[Tensor, " latent"]
     """1 / std; 0 where that is 0."""
-    stride: int
-    """One of so many spans of tokens goes into the histogram."""
+    counted: Bool[Tensor, " token"]
+    """Which tokens go into the histogram."""
     cubes: Float64[Tensor, " latent"]
     histogram: Int[Tensor, "latent bin"]
 
     @classmethod
     def empty(cls, per_std: Float[Tensor, " latent"], d_vocab: int) -> "_Spread":
         histogram = torch.zeros(len(per_std), _BINS, dtype=torch.int32, device=per_std.device)
-        return cls(per_std, max(1, d_vocab // _COUNTED), torch.zeros_like(per_std).double(), histogram)
+        counted = _counted(d_vocab).to(per_std.device)
+        return cls(per_std, counted, torch.zeros_like(per_std).double(), histogram)
 
     def add(self, rows: slice, logits: Float[Tensor, "latent column"], first: int) -> None:
-        """Takes in centred logits of the tokens from `first`, which begins a span."""
+        """Takes in centred logits of the tokens from `first` on."""
         z = logits.float() * self.per_std[rows, None]
         self.cubes[rows] += (z * z * z).sum(1, dtype=torch.float64)
-        spans = torch.arange(first, first + z.shape[1], device=z.device) // _SPAN
-        z = z[:, spans % self.stride == 0]
+        z = z[:, self.counted[first : first + z.shape[1]]]
         bins = (z * _BINS_PER_STD + _BINS / 2).clamp_(0, _BINS - 1).long()
         ones = torch.ones(1, dtype=torch.int32, device=z.device).expand(bins.shape)
         self.histogram[rows] = self.histogram[rows].scatter_add(1, bins, ones)
@@ -239,78 +245,30 @@ def _top(
 def _top_by_int8(
     read: Float[Tensor, "latent d_model"],
     unembed: Tensor,
-    vocabulary: Int8Vocabulary,
+    mean: Tensor,
+    vocabulary: SearchedVocabulary,
     count: int,
     spread: _Spread,
 ) -> tuple[Int[Tensor, "latent two_count"], Float[Tensor, "latent two_count"], Bool[Tensor, " latent"]]:
     """The same, and the directions for which this search may have missed a token."""
     # what the mean column adds to every token's logit is what centring takes away
-    left, scale, _ = vocabulary.left(read)
+    ints, scale = quantised(read @ vocabulary.turn)
     per_std = scale * spread.per_std
-    scores, ids = _search_int8(left, vocabulary, _INT8_CANDIDATES * count, per_std, spread)
-    spread.cubes.mul_(per_std.double() ** 3)
+    found = vocabulary.search(ints, _INT8_CANDIDATES * count, per_std, _BINS_PER_STD, _BINS)
+    spread.histogram.copy_(found.histogram)
+    spread.cubes.copy_(found.cubes)
     sides, doubtful = [], torch.zeros(len(read), dtype=torch.bool)
     for side, sign in enumerate((1, -1)):
-        exact = _exact(read, unembed, vocabulary.mean, ids[:, side])
-        searched = sign * scores[:, side] * scale[:, None]
-        error = (exact - searched).abs().amax(1)
-        sides.append(_ranked(ids[:, side], exact, sign, count))
-        # what was left out scored no higher than the last candidate
-        sure = sign * (sides[-1][1][:, -1] - searched[:, -1]) > 2 * error
+        searched, limit = found.scores[:, side] * scale[:, None], found.limits[:, side] * scale
+        exact = sign * _exact(read, unembed, mean, found.ids[:, side])
+        there = searched.isfinite()
+        error = torch.where(there, (exact - searched).abs(), 0).amax(1)
+        exact = torch.where(there, exact, -torch.inf)
+        sides.append(_ranked(found.ids[:, side], sign * exact, sign, count))
+        sure = sign * sides[-1][1][:, -1] - limit > 2 * error
         doubtful |= ~sure
     ids_found, logits = (torch.cat([side[n] for side in sides], 1) for n in range(2))
     return ids_found, logits, doubtful
-
-
-def _search_int8(
-    left: Int8[Tensor, "latent d_model"],
-    vocabulary: Int8Vocabulary,
-    count: int,
-    per_std: Float[Tensor, " latent"],
-    spread: _Spread,
-) -> tuple[Float[Tensor, "latent 2 count"], Int[Tensor, "latent 2 count"]]:
-    """The `count` largest integer products with the vocabulary, times its scale, and the largest negated.
-
-    `per_std` makes such a product standard deviations; the cubes put into `spread` lack it.
-    """
-    # late: numba takes a second to import
-    from viewer.index.loops import count_bins, extremes, keep_extremes, no_extremes
-
-    scores = torch.empty(len(left), 2, count)
-    ids = torch.empty(scores.shape, dtype=torch.int64)
-    cubes, histogram = spread.cubes.numpy(), spread.histogram.numpy()
-    per_bin = (per_std * _BINS_PER_STD).numpy()
-    tiles = [
-        (first, rows, scale.numpy())
-        for first, rows, scale in zip(
-            range(0, len(vocabulary.rows), _INT8_TILE_COLUMNS),
-            vocabulary.rows.split(_INT8_TILE_COLUMNS),
-            vocabulary.scale.split(_INT8_TILE_COLUMNS),
-            strict=True,
-        )
-    ]
-    most = -(-_INT8_TILE_COLUMNS // _SPAN)
-
-    def search(start: int) -> None:
-        part = slice(start, start + _INT8_TILE_ROWS)
-        rows = left[part]
-        found = no_extremes(len(rows), count)
-        held = torch.empty(len(rows) * _INT8_TILE_COLUMNS, dtype=torch.int32)
-        bins, filled = np.empty((len(rows), _BINNED_SPANS + most, _SPAN), np.uint8), 0
-        for first, tokens, size in tiles:
-            products = int8_products(rows, tokens, held).numpy()
-            counted = -(first // _SPAN) % spread.stride
-            filled = keep_extremes(
-                products, size, first, *found, count, cubes[part], counted,
-                spread.stride, per_bin[part], _BINS, bins, filled,
-            )  # fmt: skip
-            if filled >= _BINNED_SPANS or first == tiles[-1][0]:
-                count_bins(bins, filled, histogram[part])
-                filled = 0
-        scores[part], ids[part] = map(torch.from_numpy, extremes(*found, count))
-
-    workers_for(torch.get_num_threads()).run(search, range(0, len(left), _INT8_TILE_ROWS))
-    return scores, ids
 
 
 def _search(
