@@ -11,6 +11,8 @@ from sae.kernels.workers import workers_for
 from sae.sparse import SparseEncoder
 
 D_IN, D_SAE, N = 200, 700, 600
+# behind a head there are whole blocks
+HEAD, TAIL = 72, 128
 WORKERS = workers_for(2)
 PLAIN, BALANCED = cpu_forward.Forward, cpu_balanced.BalancedForward
 
@@ -90,7 +92,7 @@ def small_heads(monkeypatch):
     """Balanced at once, with the smallest head."""
     monkeypatch.setattr(cpu_balanced, "_AFTER", 1)
     monkeypatch.setattr(cpu_balanced, "_PER_TURN", 0)
-    monkeypatch.setattr(cpu_balanced, "_PER_LEFT", 0)
+    monkeypatch.setattr(cpu_balanced, "_PER_BLOCK", 0)
     # bfloat16 never stands in
     monkeypatch.setattr(cpu_forward, "_WASTE", dict.fromkeys((torch.bfloat16, None), 1e-9))
 
@@ -138,11 +140,11 @@ def halves_that_round_to_nothing(of_rows, of_tail):
     g = torch.Generator().manual_seed(2)
     sides = []
     for lossy in (of_rows, not of_rows):
-        head, tail = (torch.ones(64, 64), torch.ones(64, 136))
+        head, tail = (torch.ones(64, HEAD), torch.ones(64, TAIL))
         if lossy and of_tail:
-            tail = one_large(64, 136, 1)
+            tail = one_large(64, TAIL, 1)
         elif lossy:
-            head = one_large(64, 64, 1)
+            head = one_large(64, HEAD, 1)
         # what the sound half holds must not hide what the other loses
         sides.append(torch.cat([head * (1e-3 if of_tail else 1), tail * (1 if of_tail else 1e-3)], 1))
     sign = torch.randint(0, 2, (D_IN,), generator=g) * 2.0 - 1
@@ -151,8 +153,8 @@ def halves_that_round_to_nothing(of_rows, of_tail):
 
 def tails_that_are_parallel():
     g = torch.Generator().manual_seed(3)
-    tail = torch.randn(64, 136, generator=g)
-    head = torch.randn(64, 64, generator=g)
+    tail = torch.randn(64, TAIL, generator=g)
+    head = torch.randn(64, HEAD, generator=g)
     return torch.cat([head / 100, tail], 1), torch.cat([head.flip(0) / 100, 3 * tail], 1)
 
 
@@ -161,7 +163,7 @@ def whole_numbers():
     g = torch.Generator().manual_seed(4)
     sides = [torch.randint(-127, 128, (64, D_IN), generator=g) for _ in range(2)]
     for side in sides:
-        side[:, [0, 64]] = 127
+        side[:, [0, HEAD]] = 127
     return sides[0].float(), sides[1].float()
 
 
@@ -184,7 +186,7 @@ def test_what_turning_may_miss_is_allowed_for(missed, monkeypatch):
 
 def check(x, encoder, turn):
     """The same pairs as by the full product, the row of each latent's own number among them."""
-    screens = cpu_balanced.Balanced.turned(encoder, turn, 64, WORKERS)
+    screens = cpu_balanced.Balanced.turned(encoder, turn, HEAD, WORKERS)
     found = lists(encoder, x, screens, BALANCED)
     full = cpu_forward.screens_for(None, encoder, torch.float32, WORKERS)
     assert found == lists(encoder, x, full, PLAIN)

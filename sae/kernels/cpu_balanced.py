@@ -1,12 +1,9 @@
 """Screening by few coordinates, for encoders that do not change.
 
-    <x, w> = <A x, A^-T w>
-
-A makes the coordinates of rows and of encoder equally large and puts the largest first: the balanced
-truncation of B. C. Moore (1981), of the rows' second moments and the encoder's. Some of them, the head, hold
-nearly all of any product. The head's product is made for all pairs, norms bound what the tail holds, and
-only pairs that this cannot rule out get the tail's product too. All of it is in integers (`cpu_int8`); head
-and tail are each turned at random, since a row's integers lose least where its coordinates are even.
+Rows and encoder are turned into balanced coordinates (`balance`), of which some, the head, hold nearly all of
+any product. The head's product is made for all pairs, norms bound what the tail holds, and only what this
+cannot rule out gets the tail's products too, a block of coordinates at a time (`lanes`). All of it is in
+integers (`cpu_int8`).
 """
 
 import dataclasses
@@ -15,25 +12,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float32, Float64, Int, Int32
 from torch import Tensor
 
 from sae.kernels.balance import balancing, evened
 from sae.kernels.compiled import compiled
-from sae.kernels.cpu_forward import Buffers, Forward, Scan, Screens, parts_of
+from sae.kernels.cpu_forward import COLUMNS, Buffers, Forward, Scan, Screens, parts_of
 from sae.kernels.cpu_int8 import lower_rows
-from sae.kernels.cpu_loops import MARKS, mark_pairs
+from sae.kernels.cpu_loops import lowest_bit
+from sae.kernels.lanes import BLOCK, LANES, Tails, list_over, narrow_over, packed
 from sae.kernels.workers import Workers
 
-# a head is of so many coordinates or a multiple
-_STEP = 64
-# nanoseconds on one processor, as measured (Zen 4): a coordinate of a pair's product, the tail's product of a
-# pair that is left, and one of the d_in^2 products that turn a row
-_PER_COORDINATE, _PER_LEFT, _PER_TURN = 0.0053, 19.0, 0.02
+# nanoseconds on one processor, as measured (Zen 4): a coordinate of a pair's product, a block of the tail's
+# of sixteen that are left, and one of the d_in^2 products that turn a row
+_PER_COORDINATE, _PER_BLOCK, _PER_TURN = 0.0053, 9.0, 0.02
 # rows and latents on which the head is chosen, and about what integers lose of a product of norms
 _SAMPLE, _LOST = 512, 0.016
 # rows turned at once, and coordinates summed at once: the fewer, the less rounding can do
 _TURNED, _SUMMED = 256, 128
+# rows looked at together: what is left of them is listed
+_ROWS = 64
+
 # rows whose moments are enough: with fewer, more of other rows is left in the tail
 _AFTER = 8192
 # what balancing costs, in as many of those products as d_in^3 and d_in^2 d_sae are; it waits for so much of
@@ -77,11 +76,33 @@ class Halves(NamedTuple):
         lower_rows(tail, ones, self.tail, self.tail_scale, self.tail_norm, self.tail_error)
 
 
+class Columns(NamedTuple):
+    """A block of latents as `lanes.over` and `lanes.narrow_over` read them; the last few may be none."""
+
+    scale: Any
+    norm: Any
+    tail_scale: Any
+    tail_norm: Any
+    bound: Any
+    """What a product must exceed, beside the row's."""
+    packed: Any
+    spread: Any
+    """The norms of what comes from each block of the tail on, and behind the last [edge, latent]."""
+
+
 @dataclasses.dataclass
 class Balanced(Screens):
-    """Screens of an encoder, balanced against some rows."""
+    """Screens of an encoder, balanced against some rows; in whole sixteens of latents, of which the last few
+    may be none.
+    """
 
     latents: Halves = dataclasses.field(kw_only=True)
+    packed: np.ndarray = dataclasses.field(kw_only=True)
+    spread: np.ndarray = dataclasses.field(kw_only=True)
+    """As in `Columns`."""
+    order: Int32[np.ndarray, " latent"] = dataclasses.field(kw_only=True)
+    """Which latent each is. Those that are let by most often come first in each block: sixteen that hardly
+    ever are then cost nothing."""
     turn: Float32[Tensor, "d_in d_in"] = dataclasses.field(kw_only=True)
     """A^T."""
     inexact: np.float32 = dataclasses.field(kw_only=True)
@@ -107,8 +128,12 @@ class Balanced(Screens):
         head = _best_head(turn, encoder, rows, bound)
         if head == len(turn):
             return None
-        turn = evened(turn, [head, len(turn) - head])
-        return cls.turned(encoder, turn.float(), head, workers)
+        turn = evened(turn, [head] + [BLOCK] * ((len(turn) - head) // BLOCK))
+        rates = _let_by(turn.float(), encoder, rows, bound, head, workers)
+        order = torch.cat(
+            [part.start + (-rates[part]).argsort(stable=True) for part in parts_of(len(rates), COLUMNS)]
+        )
+        return cls.turned(encoder, turn.float(), head, workers, order)
 
     @classmethod
     @torch.inference_mode()
@@ -118,17 +143,22 @@ class Balanced(Screens):
         turn: Float32[Tensor, "d_in d_in"],
         head: int,
         workers: Workers,
+        order: Int[Tensor, " d_sae"] | None = None,
     ) -> "Balanced":
-        """By a matrix A and with a head of so many coordinates."""
+        """By a matrix A and with a head of so many coordinates, behind which there are whole blocks."""
         back = torch.linalg.inv(turn.double()).T
         # sums of so many products, those of the parts, and the inverse's own error
         rounded = 2.0**-24 * (_SUMMED + len(turn) // _SUMMED + 8)
         missed = (turn.double().T @ back - torch.eye(len(turn), dtype=torch.float64)).norm()
         inexact = np.float32(1.001 * float((rounded + missed) * turn.double().norm()))
-        latents = Halves.empty(Buffers(), "latent", len(encoder), head, len(turn) - head)
+        order = torch.arange(len(encoder)) if order is None else order
+        n = -(-len(encoder) // LANES) * LANES
+        latents = Halves.empty(Buffers(), "latent", n, head, len(turn) - head)
+        for array in latents.part(slice(len(encoder), n)):
+            array[:] = 0
 
         def lower(part: slice) -> None:
-            latents.part(part).lower((encoder[part].double() @ back.T).float().numpy())
+            latents.part(part).lower((encoder[order[part]].double() @ back.T).float().numpy())
 
         workers.run(lower, parts_of(len(encoder), _TURNED))
         return cls(
@@ -140,9 +170,38 @@ class Balanced(Screens):
             scale=latents.scale,
             divide=np.ones(head, np.float32),
             latents=latents,
+            packed=packed(latents.tail),
+            spread=np.ascontiguousarray(Tails.of(latents.tail, latents.tail_scale).reach.T),
+            order=np.pad(order.int().numpy(), (0, n - len(encoder))),
             turn=turn.T.contiguous(),
             inexact=inexact,
         )
+
+
+def _ratio(error: np.ndarray, norm: np.ndarray) -> np.ndarray:
+    return np.divide(error, norm, out=np.zeros_like(norm), where=norm > 0)
+
+
+def _let_by(
+    turn: Float32[Tensor, "d_in d_in"],
+    encoder: Float[Tensor, "d_sae d_in"],
+    rows: Float[Tensor, "row d_in"],
+    bound: Float[Tensor, " d_sae"],
+    head: int,
+    workers: Workers,
+) -> Float[Tensor, " d_sae"]:
+    """On which share of a sample of rows the head cannot rule each latent out."""
+    x = rows[:: max(1, len(rows) // _SAMPLE)] @ turn.T
+    back, share = torch.linalg.inv(turn), torch.empty(len(encoder))
+    rest, lost = x[:, head:].norm(dim=1)[:, None], _LOST * x[:, :head].norm(dim=1)[:, None]
+
+    def count(part: slice) -> None:
+        w = encoder[part] @ back
+        reach = rest * w[:, head:].norm(dim=1) + lost * w[:, :head].norm(dim=1)
+        share[part] = (x[:, :head] @ w[:, :head].T + reach > bound[part]).float().mean(0)
+
+    workers.run(count, parts_of(len(encoder), COLUMNS))
+    return share
 
 
 def _best_head(
@@ -153,24 +212,26 @@ def _best_head(
 ) -> int:
     """The size of head that costs least on a sample, in nanoseconds a pair; d_in where none is worth it."""
     every = max(1, len(encoder) // _SAMPLE)
+    some = slice(0, len(encoder) // every // LANES * LANES * every, every)
     x = (rows[:: max(1, len(rows) // _SAMPLE)].double() @ turn.T).float()
-    w = torch.linalg.solve(turn.T, encoder[::every].double().T).T.float()
-    bound, d_in = bound[::every], len(turn)
-    product = torch.zeros(len(x), len(w))
-    costs = {d_in: _PER_COORDINATE * d_in}
-    for head in range(_STEP, d_in, _STEP):
-        new = slice(head - _STEP, head)
+    w = torch.linalg.solve(turn.T, encoder[some].double().T).T.float()
+    bound, d_in = bound[some], len(turn)
+    product, left, costs = torch.zeros(len(x), len(w)), {}, {d_in: _PER_COORDINATE * d_in}
+    sizes = range(d_in % BLOCK or BLOCK, d_in, BLOCK)
+    for head in sizes:
+        new = slice(max(0, head - BLOCK), head)
         product += x[:, new] @ w[:, new].T
         tail = x[:, head:].norm(dim=1)[:, None] * w[:, head:].norm(dim=1)
         lost = _LOST * x[:, :head].norm(dim=1)[:, None] * w[:, :head].norm(dim=1)
-        left = (product + tail + lost > bound).double().mean()
+        beyond = product + tail + lost > bound
+        # in sixteens of which one is let by as often as another
+        beyond = beyond[:, beyond.float().mean(0).argsort(descending=True)].view(len(x), -1, LANES)
+        left[head] = float(beyond.any(2).double().mean()) / LANES
+    for head in sizes:
+        blocks = sum(left[size] for size in sizes if size >= head)
         turning = _PER_TURN * d_in**2 / len(encoder)
-        costs[head] = _PER_COORDINATE * head + _PER_LEFT * float(left) + turning
+        costs[head] = _PER_COORDINATE * head + _PER_BLOCK * blocks + turning
     return min(costs, key=lambda head: costs[head])
-
-
-def _ratio(error: np.ndarray, norm: np.ndarray) -> np.ndarray:
-    return np.divide(error, norm, out=np.zeros_like(norm), where=norm > 0)
 
 
 class BalancedForward(Forward):
@@ -179,19 +240,19 @@ class BalancedForward(Forward):
     screens: Balanced
 
     def encode(self) -> None:
-        self.looked_at: list[int] = []
+        self.multiplied: list[int] = []
         super().encode()
-        d_tail = self.screens.latents.tail.shape[1]
-        saved = _PER_COORDINATE * d_tail * self.d_sae * self.batch
+        saved = _PER_COORDINATE * self.screens.latents.tail.shape[1] * self.d_sae * self.batch
         # other rows than it was balanced against
-        self.screens.wasteful |= _PER_LEFT * sum(self.looked_at) > saved
+        self.screens.wasteful |= _PER_BLOCK * sum(self.multiplied) > saved
 
     def _prepare_integers(self, parts: list[slice]) -> None:
         """The centred rows, turned, as integers."""
-        screens, latents = self.screens, self.screens.latents
-        tail = latents.tail.shape[1]
-        self.halves = Halves.empty(self.buffers, "row", self.batch, self.d_in - tail, tail)
-        self.product_in = torch.from_numpy(self.halves.head)
+        screens, n, tail = self.screens, self.batch, self.screens.latents.tail.shape[1]
+        self.halves = Halves.empty(self.buffers, "row", n, self.d_in - tail, tail)
+        self.product_in, blocks = torch.from_numpy(self.halves.head), tail // BLOCK
+        start = self._take("row start", n, blocks, dtype=np.int32)
+        self.tails = Tails(self.halves.tail, start, self._take("row reach", n, blocks + 1))
 
         def lower(part: slice) -> None:
             x, halves = torch.from_numpy(self.x[part]), self.halves.part(part)
@@ -200,29 +261,58 @@ class BalancedForward(Forward):
             for some in parts_of(self.d_in, _SUMMED):
                 torch.from_numpy(turned).addmm_(x[:, some], screens.turn[some])
             halves.lower(turned)
+            self.tails.part(part).measure(halves.tail_scale)
             inexact = screens.inexact * self.row_norm[part]
             for array in (halves.error, halves.tail_norm, halves.tail_error):
                 array += inexact
 
-        self.workers.run(lower, parts_of(self.batch, _TURNED))
+        self.workers.run(lower, parts_of(n, _TURNED))
+
+    def _integers(self, tile: slice, part: slice) -> np.ndarray:
+        return super()._integers(tile, _whole_sixteens(part))
 
     def _scanner(self, part: slice, bound: np.ndarray, norm: np.ndarray, slack: Any) -> Scan:
-        latents, above = self.screens.latents.part(part), self._above()
+        screens, above, whole = self.screens, self._above(), _whole_sixteens(part)
+        latents, order = screens.latents.part(whole), np.maximum(screens.order[whole] - part.start, 0)
         worst = _ratio(latents.tail_error, latents.tail_norm).max()
-        latents = latents._replace(
-            norm=norm, tail_norm=latents.tail_norm * np.float32(1 + 2 * self.unit + worst)
+        columns = Columns(
+            latents.scale,
+            np.pad(norm, (0, len(order) - len(norm))),
+            latents.tail_scale,
+            latents.tail_norm * np.float32(1 + 2 * self.unit + worst),
+            np.where(np.arange(len(order)) < len(bound), bound[order], np.float32(np.inf)),
+            screens.packed[whole.start // LANES : whole.stop // LANES],
+            np.ascontiguousarray(screens.spread[:, whole]),
         )
-        slacks = slack, np.float32(worst + self._summed)
+        halves, tail_slack = self.halves, np.float32(worst + self._summed)
+        margin = halves.error + slack * halves.norm
+        tail_margin = halves.tail_error + tail_slack * halves.tail_norm
+        of_all = halves.scale, margin, halves.tail_scale, tail_margin, above
 
-        def scan(tile: slice, product: np.ndarray, rows: np.ndarray, columns: np.ndarray, found: int) -> int:
-            found, looked_at = scan_halves(
-                product, self.halves.part(tile), latents, above[tile], bound, *slacks, rows, columns,
-                tile.start, found,
-            )  # fmt: skip
-            self.looked_at.append(looked_at)
+        def scan(
+            tile: slice, product: np.ndarray, rows: np.ndarray, found_columns: np.ndarray, found: int
+        ) -> int:
+            of_rows = tuple(array[tile] for array in of_all)
+            found, multiplied = scan_heads(
+                product,
+                self.tails.part(tile),
+                columns,
+                of_rows,
+                order,
+                rows,
+                found_columns,
+                tile.start,
+                found,
+            )
+            self.multiplied.append(multiplied)
             return found
 
         return scan
+
+
+def _whole_sixteens(part: slice) -> slice:
+    """Blocks begin at one; the last may end within one."""
+    return slice(part.start, -(-part.stop // LANES) * LANES)
 
 
 class Balancing:
@@ -259,43 +349,43 @@ class Balancing:
 
 
 @compiled
-def scan_halves(
-    product, halves, latents, row_bound, bound, slack, tail_slack, rows, columns, first, found
-):  # fmt: skip
+def scan_heads(product, tails, columns, of_rows, order, rows, found_columns, first, found):
     """As `cpu_int8.scan_integers`, for a product of the heads; what passes it must pass with the tails' too.
 
-    Returns with the number of pairs how many passed the heads'.
+    Returns with the number of pairs how many blocks of the tail were multiplied.
     """
-    width, room, looked_at = product.shape[1], len(rows), 0
-    marks = np.zeros((width + MARKS - 1) // MARKS * MARKS, np.uint8)
-    for b in range(len(product)):
-        if found + width > room:
-            return -1, looked_at
-        reach = halves.error[b] + slack * halves.norm[b]
-        above, unit, rest = row_bound[b], halves.scale[b], halves.tail_norm[b]
-        for j in range(width):
-            value = np.float32(product[b, j]) * latents.scale[j] * unit
-            marks[j] = value > bound[j] + above - reach * latents.norm[j] - rest * latents.tail_norm[j]
-        kept, found = found, mark_pairs(marks, first + b, rows, columns, found)
-        looked_at += found - kept
-        tail_unit, tail_reach = halves.tail_scale[b], halves.tail_error[b] + tail_slack * rest
-        for p in range(kept, found):
-            j = columns[p]
-            value = np.float32(product[b, j]) * latents.scale[j] * unit
-            value += np.float32(_dot(halves.tail, b, latents.tail, j)) * latents.tail_scale[j] * tail_unit
-            margin = reach * latents.norm[j] + tail_reach * latents.tail_norm[j]
-            # stored in any case: which pairs are left cannot be foreseen
-            columns[kept] = j
-            kept += value > bound[j] + above - margin
-        found = kept
-    return found, looked_at
-
-
-@compiled
-def _dot(a, i, b, j):
-    """<a[i], b[j]> of integers."""
-    total = np.int32(0)
-    for k in range(a.shape[1]):
-        # a sum of 32 bits would else become one of 64, which has no instruction for pairs of products
-        total = np.int32(total + np.int32(a[i, k]) * np.int32(b[j, k]))
-    return total
+    n_rows, width = product.shape
+    n_blocks, groups = tails.start.shape[1], width // LANES
+    sums = np.empty((n_rows, LANES), np.int32)
+    listed, masks = np.empty(_ROWS, np.int64), np.empty(_ROWS, np.uint64)
+    words = np.zeros((_ROWS, -(-width // 64)), np.uint64)
+    multiplied = 0
+    for begin in range(0, n_rows, _ROWS):
+        end = min(begin + _ROWS, n_rows)
+        words[:] = 0
+        for g in range(groups):
+            c = g * LANES
+            n = list_over(  # pyright: ignore[reportCallIssue]
+                listed, begin, end, masks, product, c, tails, columns, of_rows
+            )
+            for b in range(n_blocks):
+                if n == 0:
+                    break
+                multiplied += n
+                n = narrow_over(  # pyright: ignore[reportCallIssue]
+                    listed, n, masks, product, b, tails, sums, c, columns, of_rows
+                )
+            for k in range(n):
+                words[listed[k] - begin, c // 64] |= masks[k] << np.uint64(c % 64)
+        for r in range(begin, end):
+            if found + width > len(rows):
+                return -1, multiplied
+            for place in range(words.shape[1]):
+                bits = words[r - begin, place]
+                while bits:
+                    rows[found] = first + r
+                    column = place * 64 + lowest_bit(bits)  # pyright: ignore[reportCallIssue]
+                    found_columns[found] = order[column]
+                    found += 1
+                    bits &= bits - np.uint64(1)
+    return found, multiplied

@@ -22,7 +22,7 @@ from sae.kernels.workers import Workers
 
 # columns of the product made at once: a block of pre-activations then fits a core's cache. Rows a part: few
 # enough to share out evenly. Neither changes a result.
-_BLOCK = 512
+COLUMNS = 512
 ROWS = 128
 # rows and latents that say how large the coordinates of integers are, and the batches for which that holds
 _SAMPLE, _FIT_EVERY = 256, 64
@@ -89,7 +89,7 @@ class Screens:
     def renew(self, weights: np.ndarray, workers: Workers) -> None:
         """Screens all latents anew."""
         workers.run(
-            lambda part: screen_latents(weights[part], self.block(part)), parts_of(len(weights), _BLOCK)
+            lambda part: screen_latents(weights[part], self.block(part)), parts_of(len(weights), COLUMNS)
         )
 
     def block(self, part: slice) -> loops.Screen:
@@ -167,7 +167,7 @@ class Forward:
         self.dtype = self.w["threshold"].dtype
         self.d_sae, self.d_in = self.w["W_enc_t"].shape
         self.d_out = self.w["W_dec"].shape[1]
-        self.blocks = parts_of(self.d_sae, _BLOCK)
+        self.blocks = parts_of(self.d_sae, COLUMNS)
         self.pairs: list[loops.Pairs] = [loops.Pairs(None, None, None)] * len(self.blocks)
         self.gate, self.half, self.l0_planned, self.scales = gate, self.dtype.type(bandwidth / 2), l0, scales
         self.integers = screens.low_dtype == torch.int8

@@ -6,13 +6,16 @@ columns lie in memory as a processor multiplies them, four coordinates of each s
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int8, UInt8
+from jaxtyping import Float32, Int8, UInt8
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from sae.kernels.compiled import compiled
 
 LANES, BLOCK = 16, 64
 """Columns taken together, and coordinates."""
@@ -33,77 +36,244 @@ def packed(columns: Int8[np.ndarray, "column d"]) -> UInt8[np.ndarray, "lanes bl
     return np.ascontiguousarray(shaped.transpose(0, 2, 3, 1, 4)).view(np.uint8) + np.uint8(OFFSET)
 
 
-@intrinsic
-def beyond(_context, products, row, first, scale, spread, reach, limits):
-    """A bit for each of sixteen columns of a row, of heads' products: whether they may be beyond a limit.
+class Tails(NamedTuple):
+    """What is left of rows behind the head, in blocks of coordinates."""
 
-    With score = products[row, c] * scale[c], c from `first` on, and rest = reach[row, 0] * spread[0, c]:
-    score + rest > limits[0, 0, row] or score - rest < limits[0, 1, row].
+    tail: Any
+    """int8 [row, coordinate]"""
+    start: Any
+    """What takes away OFFSET of columns: int32 [row, block]."""
+    reach: Any
+    """Norms of what comes from each block on, and behind the last, times a scale: float32 [row, edge]."""
+
+    @classmethod
+    def of(cls, tail: Int8[np.ndarray, "row d"], scale: Float32[np.ndarray, " row"]) -> "Tails":
+        """Of rows of whole numbers times scale."""
+        n, blocks = len(tail), tail.shape[1] // BLOCK
+        made = cls(tail, np.empty((n, blocks), np.int32), np.empty((n, blocks + 1), np.float32))
+        made.measure(scale)
+        return made
+
+    def part(self, part: slice) -> "Tails":
+        """Views of some."""
+        return Tails(*(array[part] for array in self))
+
+    def measure(self, scale: Float32[np.ndarray, " row"]) -> None:
+        """Fills the rest in for the tails there are."""
+        _measure(*self, scale)
+
+
+@compiled
+def _measure(tail, start, reach, scale):
+    for r in range(len(tail)):
+        square = np.float32(0)
+        reach[r, start.shape[1]] = 0
+        for b in range(start.shape[1] - 1, -1, -1):
+            total, squares = np.int32(0), np.int32(0)
+            for k in range(b * BLOCK, b * BLOCK + BLOCK):
+                value = np.int32(tail[r, k])
+                total, squares = np.int32(total + value), np.int32(squares + value * value)
+            start[r, b] = -OFFSET * total
+            square += np.float32(squares)
+            # a hair more than they are, for what rounding takes away
+            reach[r, b] = np.sqrt(square) * scale[r] * np.float32(1 + 1e-5)
+
+
+@intrinsic
+def list_beyond(_context, rows, begin, end, masks, products, first, tails, scale, spread, limits):
+    """Lists rows of heads' products, of which one of sixteen columns may be beyond a limit, in `rows`.
+
+    Of the rows [begin, end) and columns from `first` on: score = products[row, c] * scale[c], which the tail
+    may change by rest = reach[row, 0] * spread[0, c], is beyond if score + rest > limits[0, 0, row] or if
+    score - rest < limits[0, 1, row]. Leaves a bit a column in `masks`, and returns how many rows there are.
     """
 
     def build(context, builder, signature, arguments):
-        products, row, first, scale, spread, reach, limits = _opened(context, builder, signature, arguments)
-        columns = _vector(builder, _FLOATS, scale, first), _vector(builder, _FLOATS, spread, _ZERO, first)
-        rest = _number(builder, reach, row, _ZERO)
-        bounds = [_number(builder, limits, _ZERO, side, row) for side in (_ZERO, _i64(1))]
-        return _beyond(builder, _vector(builder, _INTS, products, row, first), columns, rest, bounds)
+        *where, masks, products, first, tails, scale, spread, limits = _opened(
+            context, builder, signature, arguments
+        )
+        passes = _two_sided(builder, first, _ZERO, scale, spread, tails[2], limits, _ZERO)
+        return _listed(builder, where, masks, products, first, passes)
 
-    given = (products, row, first, scale, spread, reach, limits)
-    return types.uint64(*given), build
+    given = (rows, begin, end, masks, products, first, tails, scale, spread, limits)
+    return types.int64(*given), build
 
 
 @intrinsic
-def narrow(
-    _context, rows, group, n, masks, products, begin, block, tails, columns, place, sums, scale, first,
-    spread, limits, exact,
+def narrow_beyond(
+    _context, rows, n, masks, products, block, tails, sums, first, packed, scale, spread,
+    limits, exact,
 ):  # fmt: skip
-    """Gives the first n of `rows`[group], int64, the products of a block of coordinates of sixteen columns.
+    """Gives the first n of `rows`, int64, the products of a block of coordinates of sixteen columns.
 
-    sums[r] = products[r, begin : begin + 16] + start[r, block] + the products of tail[r], int8, with
-    `columns`[place, block] of `packed`; `tails` is (tail, start, reach), and start takes away what OFFSET
-    adds. Leaves in `rows` those of which some column may still be beyond limits[exact], as in `beyond` with
-    what comes behind the block, and the bits in `masks`. Returns how many are left.
+    Those of tail[r], of `Tails`, with the columns from `first` on of `packed` are added to sums[r], int32, or
+    at the first block to products[r, first : first + 16]. Leaves in `rows` those of which some column may
+    still be beyond limits[exact], as in `list_beyond` with what comes behind the block, and the bits in
+    `masks`. Returns how many are left.
     """
 
     def build(context, builder, signature, arguments):
-        (
-            rows, group, n, masks, products, begin, block, tails, columns, place, sums, scale, first, spread,
-            limits, exact,
-        ) = _opened(context, builder, signature, arguments)  # fmt: skip
-        tail, start, reach = tails
+        *lists, products, block, tails, sums, first, packed, scale, spread, limits, exact = _opened(
+            context, builder, signature, arguments
+        )
         after = builder.add(block, _i64(1))
-        # sixteen columns' block stays in registers for all rows
-        quads = [
-            _vector(builder, _INTS, columns, place, block, _i64(quad), _ZERO, _ZERO)
-            for quad in range(BLOCK // QUAD)
-        ]
-        of_columns = _vector(builder, _FLOATS, scale, first), _vector(builder, _FLOATS, spread, after, first)
-        kept = cgutils.alloca_once_value(builder, _ZERO)
-        with cgutils.for_range(builder, n) as loop:
-            r = _number(builder, rows, group, loop.index)
-            begun = builder.add(
-                _vector(builder, _INTS, products, r, begin),
-                _all(builder, _number(builder, start, r, block), _INTS),
-            )
-            left = _pointer(builder, tail, r, builder.mul(block, _i64(BLOCK)))
-            total = _with_block(context, builder, begun, left, quads)
-            builder.store(total, builder.bitcast(_pointer(builder, sums, r, _ZERO), _INTS.as_pointer()), 1)
-            rest = _number(builder, reach, r, after)
-            bounds = [_number(builder, limits, exact, side, r) for side in (_ZERO, _i64(1))]
-            mask = _beyond(builder, total, of_columns, rest, bounds)
-            behind = builder.load(kept)
-            # stored in any case: which are left cannot be foreseen
-            builder.store(r, _pointer(builder, rows, group, behind))
-            builder.store(mask, _pointer(builder, masks, behind))
-            there = builder.icmp_unsigned("!=", mask, _ZERO)
-            builder.store(builder.add(behind, builder.zext(there, _I64)), kept)
-        return builder.load(kept)
+        passes = _two_sided(builder, first, after, scale, spread, tails[2], limits, exact)
+
+        begins = builder.icmp_unsigned("==", block, _ZERO)
+
+        def begun(r):
+            so_far = _vector(builder, _INTS, sums, r, _ZERO)
+            return builder.select(begins, _vector(builder, _INTS, products, r, first), so_far)
+
+        return _narrowed(context, builder, lists, begun, block, tails, sums, (packed, first), passes)
 
     given = (
-        rows, group, n, masks, products, begin, block, tails, columns, place, sums, scale, first, spread,
-        limits, exact,
+        rows, n, masks, products, block, tails, sums, first, packed, scale, spread, limits,
+        exact,
     )  # fmt: skip
     return types.int64(*given), build
+
+
+@intrinsic
+def list_over(_context, rows, begin, end, masks, products, first, tails, columns, of_rows):
+    """As `list_beyond`, for rows and columns that have bounds, and a scale for the head and one for the tail.
+
+    `columns` are (scale, norm, tail's scale, tail's norm, bound, packed, spread) and `of_rows` (scale,
+    margin, tail's scale, tail's margin, bound). Over is what exceeds both bounds, less what may be missing:
+
+        products[row, c] scale[row] scale[c] + the tail's
+            + margin[row] norm[c] + tail's margin[row] tail's norm[c] + reach[row, edge] spread[edge, c]
+    """
+
+    def build(context, builder, signature, arguments):
+        *where, masks, products, first, tails, columns, of_rows = _opened(
+            context, builder, signature, arguments
+        )
+        passes = _one_sided(builder, first, _ZERO, tails, columns, of_rows)
+        return _listed(builder, where, masks, products, first, lambda heads, r: passes(heads, None, r))
+
+    given = (rows, begin, end, masks, products, first, tails, columns, of_rows)
+    return types.int64(*given), build
+
+
+@intrinsic
+def narrow_over(_context, rows, n, masks, products, block, tails, sums, first, columns, of_rows):
+    """As `narrow_beyond`, for what may still be over; sums are of the tail alone."""
+
+    def build(context, builder, signature, arguments):
+        *lists, products, block, tails, sums, first, columns, of_rows = _opened(
+            context, builder, signature, arguments
+        )
+        one_sided = _one_sided(builder, first, builder.add(block, _i64(1)), tails, columns, of_rows)
+        begins = builder.icmp_unsigned("==", block, _ZERO)
+
+        def begun(r):
+            so_far = _vector(builder, _INTS, sums, r, _ZERO)
+            return builder.select(begins, ir.Constant(_INTS, [0] * LANES), so_far)
+
+        def passes(total, r):
+            return one_sided(_vector(builder, _INTS, products, r, first), total, r)
+
+        return _narrowed(context, builder, lists, begun, block, tails, sums, (columns[5], first), passes)
+
+    given = (rows, n, masks, products, block, tails, sums, first, columns, of_rows)
+    return types.int64(*given), build
+
+
+def _narrowed(context, builder, lists, begun, block, tails, sums, columns, passes):
+    """Adds a block for all rows of a list to what `begun` gives, and keeps those that still pass."""
+    rows, n, masks = lists
+    tail, start, _ = tails
+    packed, first = columns
+    place = builder.udiv(first, _i64(LANES))
+    # sixteen columns' block stays in registers for all rows
+    quads = [
+        _vector(builder, _INTS, packed, place, block, _i64(quad), _ZERO, _ZERO)
+        for quad in range(BLOCK // QUAD)
+    ]
+
+    def mask_of(r):
+        begin = builder.add(begun(r), _all(builder, _number(builder, start, r, block), _INTS))
+        left = _pointer(builder, tail, r, builder.mul(block, _i64(BLOCK)))
+        total = _with_block(context, builder, begin, left, quads)
+        builder.store(total, builder.bitcast(_pointer(builder, sums, r, _ZERO), _INTS.as_pointer()), 1)
+        return passes(total, r)
+
+    return _kept(builder, rows, masks, n, lambda i: _number(builder, rows, i), mask_of)
+
+
+def _listed(builder, where, masks, products, first, passes):
+    """Of the rows [begin, end) those that pass."""
+    rows, begin, end = where
+
+    def mask_of(r):
+        return passes(_vector(builder, _INTS, products, r, first), r)
+
+    return _kept(builder, rows, masks, builder.sub(end, begin), lambda i: builder.add(begin, i), mask_of)
+
+
+def _kept(builder, rows, masks, n, row_of, mask_of):
+    """Of n rows those whose mask has a bit, in their order; how many they are."""
+    kept = cgutils.alloca_once_value(builder, _ZERO)
+    with cgutils.for_range(builder, n) as loop:
+        r = row_of(loop.index)
+        mask, behind = mask_of(r), builder.load(kept)
+        # stored in any case: which are left cannot be foreseen
+        builder.store(r, _pointer(builder, rows, behind))
+        builder.store(mask, _pointer(builder, masks, behind))
+        there = builder.icmp_unsigned("!=", mask, _ZERO)
+        builder.store(builder.add(behind, builder.zext(there, _I64)), kept)
+    return builder.load(kept)
+
+
+def _two_sided(builder, first, edge, scale, spread, reach, limits, exact):
+    """What gives the mask of `beyond` for sixteen sums of a row."""
+    scales, spreads = _vector(builder, _FLOATS, scale, first), _vector(builder, _FLOATS, spread, edge, first)
+
+    def passes(sums, r):
+        score = builder.fmul(builder.sitofp(sums, _FLOATS), scales)
+        rest = builder.fmul(spreads, _all(builder, _number(builder, reach, r, edge), _FLOATS))
+        above, below = (
+            _all(builder, _number(builder, limits, exact, side, r), _FLOATS) for side in (_ZERO, _i64(1))
+        )
+        high = builder.fcmp_ordered(">", builder.fadd(score, rest), above)
+        low = builder.fcmp_ordered("<", builder.fsub(score, rest), below)
+        return _bits(builder, builder.or_(high, low))
+
+    return passes
+
+
+def _one_sided(builder, first, edge, tails, columns, of_rows):
+    """What gives the mask of `over` for sixteen products of a row, and those of its tail so far."""
+    scales, norms, tail_scales, tail_norms, bounds = (
+        _vector(builder, _FLOATS, array, first) for array in columns[:5]
+    )
+    spreads, reach = _vector(builder, _FLOATS, columns[6], edge, first), tails[2]
+
+    def passes(products, sums, r):
+        scale, margin, tail_scale, tail_margin, bound = (
+            _all(builder, _number(builder, array, r), _FLOATS) for array in of_rows
+        )
+        value = builder.fmul(builder.fmul(builder.sitofp(products, _FLOATS), scales), scale)
+        if sums is not None:
+            value = _plus(
+                builder, value, builder.fmul(builder.sitofp(sums, _FLOATS), tail_scales), tail_scale
+            )
+        value = _plus(builder, value, norms, margin)
+        value = _plus(builder, value, tail_norms, tail_margin)
+        value = _plus(builder, value, spreads, _all(builder, _number(builder, reach, r, edge), _FLOATS))
+        return _bits(builder, builder.fcmp_ordered(">", value, builder.fadd(bounds, bound)))
+
+    return passes
+
+
+def _plus(builder, value, left, right):
+    """value + left * right, rounded once where a processor can."""
+    return builder.fadd(value, builder.fmul(left, right, flags=("contract",)), flags=("contract",))
+
+
+def _bits(builder, lanes):
+    return builder.zext(builder.bitcast(lanes, ir.IntType(LANES)), _I64)
 
 
 def _i64(number):
@@ -117,10 +287,10 @@ def _opened(context, builder, signature, arguments):
     """Arguments, with arrays as structures whose fields can be read; also those of a tuple of arrays."""
 
     def opened(kind, value):
-        if isinstance(kind, types.Tuple | types.NamedTuple):
-            return [
-                opened(*part) for part in zip(kind.types, cgutils.unpack_tuple(builder, value), strict=True)
-            ]
+        if isinstance(kind, types.BaseTuple):
+            kinds: Any = kind
+            parts = zip(kinds, cgutils.unpack_tuple(builder, value), strict=True)
+            return [opened(*part) for part in parts]
         is_array = isinstance(kind, types.Array)
         return context.make_array(kind)(context, builder, value) if is_array else value
 
@@ -148,17 +318,6 @@ def _vector(builder, kind, array, *indices):
 def _all(builder, value, kind):
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(_I32, 0))
     return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(_INTS, [0] * LANES))
-
-
-def _beyond(builder, sums, columns, rest, bounds):
-    """The bits of sixteen scores."""
-    scale, spread = columns
-    score = builder.fmul(builder.sitofp(sums, _FLOATS), scale)
-    rest = builder.fmul(spread, _all(builder, rest, _FLOATS))
-    above, below = (_all(builder, bound, _FLOATS) for bound in bounds)
-    high = builder.fcmp_ordered(">", builder.fadd(score, rest), above)
-    low = builder.fcmp_ordered("<", builder.fsub(score, rest), below)
-    return builder.zext(builder.bitcast(builder.or_(high, low), ir.IntType(LANES)), _I64)
 
 
 def _with_block(context, builder, begun, left, quads):

@@ -4,12 +4,12 @@ import numpy as np
 
 from sae.kernels.compiled import compiled
 from sae.kernels.cpu_loops import lowest_bit
-from sae.kernels.lanes import LANES, beyond, narrow
+from sae.kernels.lanes import LANES, list_beyond, narrow_beyond
 from viewer.index.extreme_loops import SPAN, aligned, drop
 
-# sixteen columns each of a span, and rows that are looked at together: what is left of them is listed, so
-# that a guess goes wrong once a list instead of once a row
-_GROUPS, _ROWS = SPAN // LANES, 64
+# rows that are looked at together: those that are left are listed, so that a guess goes wrong once a list
+# instead of once a row
+_ROWS = 64
 # what rounding may do to a score beside its limits, as a part of these
 _ROUNDED = 2.0**-20
 
@@ -18,55 +18,39 @@ _ROUNDED = 2.0**-20
 def keep_extremes_of_heads(products, tails, tokens, ids_of, values, ids, held, limits, count, cubes):
     """As `keep_extremes`, for products [row, column] int32 that lack the coordinates of the tail.
 
-    `tails` is (tail int8 [row, coordinate], start int32 [row, block], reach float32 [row, block + 1]) and
-    `tokens` (scale float32 [column], `lanes.packed` tails, spread float32 [block + 1, column]): what
-    `narrow` reads, with the norms of what comes from each block on, those of columns times scale. `cubes`
-    takes those of the heads' scores. The number of columns is a multiple of 128.
+    `tails` is `lanes.Tails` and `tokens` (scale float32 [column], `lanes.packed` tails, spread float32
+    [block + 1, column]): the norms of what comes from each block on, times scale. `cubes` takes those of the
+    heads' scores. The number of columns is a multiple of 128.
     """
-    _, start, reach = tails
+    start = tails[1]
     scale, packed, spread = tokens
     n_rows, n_blocks = start.shape
     spans, scales = products.reshape(n_rows, -1, SPAN), scale.reshape(-1, SPAN)
     sums = aligned(n_rows * LANES).view(np.int32).reshape(n_rows, LANES)
-    rows, listed, masks = (
-        np.empty((_GROUPS, _ROWS), np.int64),
-        np.empty(_GROUPS, np.int64),
-        np.empty(_ROWS, np.uint64),
-    )
+    rows, masks = np.empty(_ROWS, np.int64), np.empty(_ROWS, np.uint64)
     # what scores must be beyond: loosely before the last block, since they are rounded; and exactly
     edges = np.empty((2, 2, n_rows), np.float32)
     for r in range(n_rows):
         _set_edges(limits, r, edges)
     for i in range(len(scales)):
         for begin in range(0, n_rows, _ROWS):
-            listed[:] = 0
-            for r in range(begin, min(begin + _ROWS, n_rows)):
+            end = min(begin + _ROWS, n_rows)
+            for r in range(begin, end):
                 total = np.float32(0)
                 for c in range(SPAN):
                     score = np.float32(spans[r, i, c]) * scales[i, c]
                     total += score * score * score
                 cubes[r] += np.float64(total)
-                for g in range(_GROUPS):
-                    # stored in any case: which are beyond cannot be foreseen
-                    rows[g, listed[g]] = r
-                    c = i * SPAN + g * LANES
-                    mask = beyond(products, r, c, scale, spread, reach, edges)  # pyright: ignore[reportCallIssue]
-                    listed[g] += mask != 0
-            for g in range(_GROUPS):
-                c, n = i * SPAN + g * LANES, listed[g]
+            for c in range(i * SPAN, i * SPAN + SPAN, LANES):
+                n = list_beyond(  # pyright: ignore[reportCallIssue]
+                    rows, begin, end, masks, products, c, tails, scale, spread, edges
+                )
                 for b in range(n_blocks):
-                    last = np.int64(b + 1 == n_blocks)
-                    if b == 0:
-                        n = narrow(  # pyright: ignore[reportCallIssue]
-                            rows, g, n, masks, products, c, b, tails, packed, c // LANES, sums, scale, c,
-                            spread, edges, last,
-                        )  # fmt: skip
-                    else:
-                        n = narrow(  # pyright: ignore[reportCallIssue]
-                            rows, g, n, masks, sums, 0, b, tails, packed, c // LANES, sums, scale, c,
-                            spread, edges, last,
-                        )  # fmt: skip
-                _keep(rows[g], n, masks, sums, scale, c, ids_of, values, ids, held, limits, count, edges)
+                    n = narrow_beyond(  # pyright: ignore[reportCallIssue]
+                        rows, n, masks, products, b, tails, sums, c, packed, scale, spread, edges,
+                        np.int64(b + 1 == n_blocks),
+                    )  # fmt: skip
+                _keep(rows, n, masks, sums, scale, c, ids_of, values, ids, held, limits, count, edges)
 
 
 @compiled
