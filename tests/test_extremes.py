@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from sae.kernels.int8 import int8_is_fast, quantised
-from sae.kernels.lanes import OFFSET
+from sae.kernels.lanes import OFFSET, packed
 from viewer.index import extremes, lens
 from viewer.index.extreme_loops import aligned, count_bins, keep_extremes, no_extremes
 from viewer.index.extreme_loops import extremes as kept
-from viewer.index.extremes import SearchedVocabulary
+from viewer.index.extremes import SearchedVocabulary, Tails
+from viewer.index.head_loops import keep_extremes_of_heads
 from viewer.index.lens import Vocabulary, top_logits
 
 SIZES = [(1, 1), (3, 63), (2, 64), (5, 129), (4, 300)]
@@ -214,6 +215,29 @@ def test_a_search_by_heads_finds_the_most_extreme_of_all_products(d_model, falls
     _, n_found = check(vocabulary, integers(end, vocabulary))
     # what is let by is seldom less than what is wanted, and never much less
     assert crowded or ((n_found[8:] == COUNT).mean() > 0.7 and n_found[8:].mean() > 0.9 * COUNT)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("last", [128, 64, 0])
+def test_tails_that_are_parallel_reach_as_far_as_their_norms(sign, last):
+    """Each direction's is that of one token, which is a hair beyond the limit: nothing may rule it out."""
+    rng = np.random.default_rng(last)
+    tail = rng.integers(-127, 128, (128, 192)).astype(np.int8)
+    tail[:, :last] = 0
+    scale = (0.5 + rng.random(128)).astype(np.float32)
+    tokens = torch.from_numpy(sign * tail)
+    spread = (extremes._norms_from(tokens.view(128, 3, 64)).T * torch.from_numpy(scale)).contiguous().numpy()
+    best = (tail.astype(np.int64) ** 2).sum(1).astype(np.float32) * scale
+    values, ids, held, limits = no_extremes(128, 3)
+    limits[:] = np.nextafter(best, np.float32(0))[:, None]
+    keep_extremes_of_heads(
+        np.zeros((128, 128), np.int32), Tails.of(torch.from_numpy(tail)),
+        (scale, packed(tokens.numpy()), spread), numbers(128), values, ids, held, limits, 3, np.zeros(128),
+    )  # fmt: skip
+    side = 0 if sign > 0 else 1
+    for r in range(128):
+        found = ids[r, side, : held[r, side]].tolist()
+        assert r in found and values[r, side, found.index(r)] == best[r]
 
 
 @exact_products
