@@ -1,6 +1,4 @@
-"""Sums and searches over a vocabulary in 8-bit integers, against their plain definitions in float64."""
-
-import dataclasses
+"""Sums over a vocabulary in 8-bit integers, against their plain definitions in float64."""
 
 import numpy as np
 import pytest
@@ -12,9 +10,6 @@ from activations.int8 import Int8Vocabulary
 from activations.loss_loops import add_tile, exp2_of_negative, largest
 from activations.losses import loss_vocabulary, next_token_ce, next_token_losses
 from sae.kernels.int8 import quantised
-from viewer.index import lens
-from viewer.index.lens import top_logits
-from viewer.index.loops import _aligned, count_bins, extremes, keep_extremes, no_extremes
 
 SIZES = [(1, 1), (3, 63), (2, 64), (5, 129), (4, 300)]
 
@@ -170,104 +165,3 @@ def test_integers_serve_many_rows_of_models_without_a_soft_cap(half_model, tiny_
     assert loss_vocabulary(tiny_model, 10**6) is None
     monkeypatch.setattr(half_model, "_softcap", 30.0)
     assert loss_vocabulary(half_model, 10**6) is None
-
-
-@pytest.mark.parametrize(("rows", "columns"), SIZES)
-@pytest.mark.parametrize("size", [3, 1000, 10**7])
-def test_the_most_extreme_are_kept_and_the_first_of_equal_ones(rows, columns, size):
-    rng = np.random.default_rng(columns)
-    n_columns, count = 4 * columns, 5
-    products = rng.integers(-size, size + 1, (rows, n_columns)).astype(np.int32)
-    scale = rng.choice(np.array([0.5, 1, 2], np.float32), n_columns)
-    cubes, histogram = np.zeros(rows), np.zeros((rows, 5), np.int32)
-    per_bin = np.full(rows, 2.0 ** (1 - size.bit_length()), np.float32)  # exact, however it is rounded
-    found, filled = no_extremes(rows, count), 0
-    # what is there before must not matter
-    bins = np.full((rows, 4 * (columns // 128 + 1), 128), 255, np.uint8)
-    for first in range(0, n_columns, columns):
-        span = slice(first, first + columns)
-        tile = np.ascontiguousarray(products[:, span])
-        filled = keep_extremes(
-            tile, scale[span], first, *found, count, cubes, 1, 3, per_bin, 5, bins, filled
-        )  # fmt: skip
-        if first == columns:
-            count_bins(bins, filled, histogram)
-            filled = 0
-    count_bins(bins, filled, histogram)
-    scores = products * scale
-    np.testing.assert_allclose(cubes, (scores.astype(np.float64) ** 3).sum(1), rtol=1e-3, atol=1e-3 * size**3)
-    is_counted = np.arange(n_columns) % columns // 128 % 3 == 1
-    binned = np.clip((scores[:, is_counted] * per_bin[:, None] + np.float32(2.5)).astype(np.int32), 0, 4)
-    assert histogram.tolist() == [np.bincount(row, minlength=5).tolist() for row in binned]
-    values, ids = extremes(*found, count)
-    n = min(count, n_columns)
-    for side, signed in enumerate((scores, -scores)):
-        order = np.argsort(-signed, axis=1, kind="stable")[:, :n]
-        assert ids[:, side, :n].tolist() == order.tolist()
-        assert values[:, side, :n].tolist() == np.take_along_axis(signed, order, 1).tolist()
-        assert (values[:, side, n:] == -np.inf).all()
-
-
-@pytest.mark.parametrize("downhill", [False, True])
-def test_extremes_are_kept_where_every_score_is_one_for_a_while(downhill):
-    columns, count = 4 * 512, 3
-    rising = np.arange(columns, dtype=np.int32)[None] - 700
-    products, cubes = (-rising if downhill else rising), np.zeros(1)
-    found, ones = no_extremes(1, count), np.ones(columns, np.float32)
-    bins = np.empty((1, 0, 128), np.uint8)
-    for first in range(0, columns, 512):
-        span = slice(first, first + 512)
-        tile = np.ascontiguousarray(products[:, span])
-        keep_extremes(tile, ones[span], first, *found, count, cubes, 4, 4, ones, 5, bins, 0)
-    values, ids = extremes(*found, count)
-    rise, fall = (1347, 1346, 1345), (700, 699, 698)
-    assert values[0].tolist() == ([list(fall), list(rise)] if downhill else [list(rise), list(fall)])
-    ends = [[0, 1, 2], [2047, 2046, 2045]]
-    assert ids[0].tolist() == (ends if downhill else ends[::-1])
-
-
-def test_a_score_a_hair_above_many_equal_ones_is_kept():
-    # next to one another in float32
-    products = np.full((1, 1024), 2**23, np.int32)
-    products[0, 900] += 1
-    found, ones, bins = no_extremes(1, 2), np.ones(1024, np.float32), np.empty((1, 0, 128), np.uint8)
-    keep_extremes(products, ones, 0, *found, 2, np.zeros(1), 8, 8, ones, 5, bins, 0)
-    values, ids = extremes(*found, 2)
-    assert ids[0].tolist() == [[900, 0], [0, 1]]
-    assert values[0].tolist() == [[2**23 + 1, 2**23], [-(2**23)] * 2]
-
-
-def test_room_begins_where_a_line_of_the_cache_does():
-    rooms = [_aligned(size) for size in (128, 1024, 1152) for _ in range(8)]
-    assert {room.ctypes.data % 64 for room in rooms} == {0}
-    assert [len(room) for room in rooms[::8]] == [128, 1024, 1152]
-
-
-@pytest.mark.parametrize("crowded", [False, True])
-def test_a_search_in_integers_finds_what_a_search_in_floats_finds(monkeypatch, crowded):
-    monkeypatch.setattr(lens, "_INT8_TILE_ROWS", 3)
-    monkeypatch.setattr(lens, "_INT8_TILE_COLUMNS", 500)
-    end = End(d_vocab=4001)
-    if crowded:
-        # more tokens a hair apart than there are candidates: integers cannot tell them from one another
-        end.W_U[:, 100:400] = 3 * end.W_U[:, :1] + 1e-4 * torch.randn(24, 300, generator=end.generator)
-    directions = torch.randn(8, 24, generator=end.generator)
-    again = []
-    plain = lens._top
-    monkeypatch.setattr(lens, "_top", lambda read, *rest: again.append(len(read)) or plain(read, *rest))
-    expected = top_logits(end, directions)
-    again.clear()
-    by_int8 = dataclasses.replace(lens.Vocabulary.of(end), int8=Int8Vocabulary.of(end))
-    found = top_logits(end, directions, vocabulary=by_int8)
-    assert found.ids.tolist() == expected.ids.tolist()
-    np.testing.assert_allclose(found.logits, expected.logits, rtol=1e-6, atol=1e-6)
-    assert bool(again) == crowded
-
-
-def test_a_search_in_integers_is_for_many_directions_and_a_large_vocabulary(monkeypatch):
-    monkeypatch.setattr(lens, "int8_is_fast", lambda device: True)
-    assert lens.Vocabulary.of(End(), 10**6).int8 is None
-    assert lens.Vocabulary.of(End(d_vocab=40_000), 10).int8 is None
-    assert lens.Vocabulary.of(End(d_vocab=40_000), 10**6).int8 is not None
-    monkeypatch.setattr(lens, "int8_is_fast", lambda device: False)
-    assert lens.Vocabulary.of(End(d_vocab=40_000), 10**6).int8 is None

@@ -50,6 +50,9 @@ def test_a_changed_loop_is_seen_by_the_loops_of_other_files_that_call_it(copy):
     # what `widened` does to bfloat16
     change(loops, "types.uint32(value) << types.uint32(16)", "types.uint32(value + 128) << types.uint32(16)")
     assert ask(copy) == (6.0, 0)
+    # what loops are made of, though there is none of them in that file
+    change(copy / "sae" / "kernels" / "lanes.py", "_SUMS = 4", "_SUMS = 2")
+    assert ask(copy) == (6.0, 0)
     # a file without loops leaves the copies as they are
     change(copy / "viewer" / "index" / "words.py", '"""Tokens', '""" Tokens')
     assert ask(copy) == (6.0, 1)

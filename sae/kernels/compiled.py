@@ -13,8 +13,8 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 
 # sums may be reordered when compiled, which makes them vectors; infinities and NaN keep their meaning
 _FLAGS = {"contract", "reassoc", "nsz"}
-# how a file with loops is known
-_MARK = b"from sae.kernels.compiled import"
+# how a file with loops is known, or with what they are made of
+_MARKS = b"from sae.kernels.compiled import", b"from numba.extending import"
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,5 +56,9 @@ class _Copies(FunctionCache):
 def _digest(folder: Path) -> str:
     """Of all files with loops in a folder."""
     contents = ((path.name, path.read_bytes()) for path in sorted(folder.glob("*.py")))
-    loops = [(name, hashlib.sha256(text).digest()) for name, text in contents if _MARK in text]
+    loops = [
+        (name, hashlib.sha256(text).digest())
+        for name, text in contents
+        if any(mark in text for mark in _MARKS)
+    ]
     return hashlib.sha256(repr(loops).encode()).hexdigest()

@@ -15,7 +15,8 @@ def no_extremes(rows, count):
     """What `keep_extremes` holds before the first tile: `values`, `ids`, `held` and `limits`."""
     # one span must always fit behind those that are kept; the second makes it seldom that some must go
     room = count + 2 * SPAN
-    values, ids = np.empty((rows, 2, room), np.float32), np.empty((rows, 2, room), np.int32)
+    # ids of no token but 0 where nothing is found: they are looked up all the same
+    values, ids = np.empty((rows, 2, room), np.float32), np.zeros((rows, 2, room), np.int32)
     return values, ids, np.zeros((rows, 2), np.int64), np.full((rows, 2), -np.inf, np.float32)
 
 

@@ -84,13 +84,16 @@ class SearchedVocabulary:
         from sae.kernels.lanes import BLOCK, LANES, packed  # late: numba takes a second to import
         from viewer.index.extreme_loops import SPAN
 
-        turn, head = _turned(directions, covariance, BLOCK)
+        workers = workers_for(torch.get_num_threads())
+        turns: list[tuple[Tensor, Tensor, int]] = []
+        # by one thread, so that the bits do not depend on how many there are
+        workers.run(lambda moments: turns.append(_turned(*moments, BLOCK)), [(directions, covariance)])
+        turn, back, head = turns[0]
         other = torch.ones(unembed.shape[1], dtype=torch.bool)
         other[counted] = False
         n_rest = int(other.sum()) // SPAN * SPAN if head < len(turn) else 0
         ids = torch.cat([counted, other.nonzero()[:, 0]])
         n_whole = len(ids) - n_rest
-        back = torch.linalg.inv(turn).float()
         tokens, scale = unembed.T, torch.empty(len(ids))
         whole = torch.empty(n_whole, len(turn), dtype=torch.int8)
         heads = torch.empty(n_rest, head, dtype=torch.int8)
@@ -110,9 +113,9 @@ class SearchedVocabulary:
             spread[:, part] = _norms_from(tail.reshape(len(tail), n_blocks, BLOCK)).T * scale[here]
 
         starts = [*range(0, n_whole, _TURNED), *range(n_whole, len(ids), _TURNED)]
-        workers_for(torch.get_num_threads()).run(fill, starts)
+        workers.run(fill, starts)
         return cls(
-            turn=turn.T.float().contiguous(),
+            turn=turn,
             ids=ids.int().numpy(),
             counted=len(counted),
             scale=scale,
@@ -255,16 +258,17 @@ def _norms_from(blocks: Int[Tensor, "row block coordinate"]) -> Float[Tensor, "r
 
 def _turned(
     directions: Float64[Tensor, "d_model d_model"], covariance: Float64[Tensor, "d_model d_model"], block: int
-) -> tuple[Float64[Tensor, "d_model d_model"], int]:
-    """A for products of these moments, and how many coordinates its head has; all of them if in doubt."""
+) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"], int]:
+    """A^T and A^-1 for products of these moments, and how many coordinates the head has; all if in doubt."""
     d_model = len(covariance)
     turn = balancing(directions, covariance)
     if turn is None:
-        return torch.eye(d_model, dtype=torch.float64), d_model
+        return torch.eye(d_model), torch.eye(d_model), d_model
     variance = (turn @ directions @ turn.T).diagonal() ** 2
     missing = 1 - variance.cumsum(0) / variance.sum()
     least = int((missing > 1 - _HELD).sum()) + 1
     head = d_model - (d_model - least) // block * block
     if least > _LARGEST * d_model:
         head = d_model
-    return evened(turn, [head] + [block] * ((d_model - head) // block)), head
+    turn = evened(turn, [head] + [block] * ((d_model - head) // block))
+    return turn.T.float().contiguous(), torch.linalg.inv(turn).float(), head
