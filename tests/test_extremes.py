@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from sae.kernels.int8 import int8_is_fast, quantised
-from sae.kernels.lanes import OFFSET, packed
+from sae.kernels.lanes import OFFSET, Tails, packed
 from viewer.index import extremes, lens
 from viewer.index.extreme_loops import aligned, count_bins, keep_extremes, no_extremes
 from viewer.index.extreme_loops import extremes as kept
-from viewer.index.extremes import SearchedVocabulary, Tails
+from viewer.index.extremes import SearchedVocabulary
 from viewer.index.head_loops import keep_extremes_of_heads
 from viewer.index.lens import Vocabulary, top_logits
 
@@ -226,12 +226,12 @@ def test_tails_that_are_parallel_reach_as_far_as_their_norms(sign, last):
     tail[:, :last] = 0
     scale = (0.5 + rng.random(128)).astype(np.float32)
     tokens = torch.from_numpy(sign * tail)
-    spread = (extremes._norms_from(tokens.view(128, 3, 64)).T * torch.from_numpy(scale)).contiguous().numpy()
+    spread = np.ascontiguousarray(Tails.of(tokens.numpy(), scale).reach.T)
     best = (tail.astype(np.int64) ** 2).sum(1).astype(np.float32) * scale
     values, ids, held, limits = no_extremes(128, 3)
     limits[:] = np.nextafter(best, np.float32(0))[:, None]
     keep_extremes_of_heads(
-        np.zeros((128, 128), np.int32), Tails.of(torch.from_numpy(tail)),
+        np.zeros((128, 128), np.int32), Tails.of(tail, np.ones(128, np.float32)),
         (scale, packed(tokens.numpy()), spread), numbers(128), values, ids, held, limits, 3, np.zeros(128),
     )  # fmt: skip
     side = 0 if sign > 0 else 1

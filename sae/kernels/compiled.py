@@ -45,11 +45,22 @@ class _Copies(FunctionCache):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__(function)
         folders = {Path(inspect.getfile(function)).parent, Path(__file__).parent}
-        self._cache_file = IndexDataCacheFile(
+        self._cache_file = _Index(
             cache_path=self.cache_path,
             filename_base=self._impl.filename_base,
             source_stamp=(self._impl.locator.get_source_stamp(), *map(_digest, sorted(folders))),
         )
+
+
+class _Index(IndexDataCacheFile):
+    """What is on disk of one loop."""
+
+    def _load_index(self) -> dict[Any, Any]:
+        try:
+            return super()._load_index()
+        except Exception:
+            # it names types of the program that wrote it, which this one may no longer have
+            return {}
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """The search of a whole vocabulary for extreme logits, in 8-bit integers."""
 
 import dataclasses
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,28 +23,6 @@ _HELD, _LARGEST = 0.993, 0.8
 _MISSING = 0.1
 # what is let by may be so many times what is wanted, so that there is enough of it
 _MARGIN = 1.5
-
-
-class Tails(NamedTuple):
-    """What is left of directions behind the head, in blocks of coordinates (`sae.kernels.lanes`)."""
-
-    tail: Int8[np.ndarray, "latent coordinate"]
-    start: Int32[np.ndarray, "latent block"]
-    """What takes away lanes.OFFSET of tokens."""
-    reach: Float32[np.ndarray, "latent edge"]
-    """Norms of what comes from each block on, and behind the last."""
-
-    @classmethod
-    def of(cls, ints: Int8[Tensor, "latent coordinate"]) -> "Tails":
-        from sae.kernels.lanes import BLOCK, OFFSET  # late: numba takes a second to import
-
-        blocks = ints.view(len(ints), -1, BLOCK).int()
-        start = -OFFSET * blocks.sum(2, dtype=torch.int32)
-        return cls(ints.numpy(), start.numpy(), _norms_from(blocks).contiguous().numpy())
-
-    def part(self, part: slice) -> "Tails":
-        """Those of some directions."""
-        return Tails(*(array[part] for array in self))
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -81,7 +58,7 @@ class SearchedVocabulary:
         counted: Int[Tensor, " counted"],
     ) -> "SearchedVocabulary":
         """For directions of such second moments; `counted` are the ids that histograms count, rising."""
-        from sae.kernels.lanes import BLOCK, LANES, packed  # late: numba takes a second to import
+        from sae.kernels.lanes import BLOCK, LANES, Tails, packed  # late: numba takes a second to import
         from viewer.index.extreme_loops import SPAN
 
         workers = workers_for(torch.get_num_threads())
@@ -99,7 +76,7 @@ class SearchedVocabulary:
         heads = torch.empty(n_rest, head, dtype=torch.int8)
         n_blocks = (len(turn) - head) // BLOCK
         tails = np.empty((n_rest // LANES, n_blocks, BLOCK // 4, LANES, 4), np.uint8)
-        spread = torch.empty(n_blocks + 1, n_rest)
+        spread = np.empty((n_blocks + 1, n_rest), np.float32)
 
         def fill(start: int) -> None:
             here = slice(start, min(start + _TURNED, n_whole if start < n_whole else len(ids)))
@@ -107,10 +84,11 @@ class SearchedVocabulary:
             if start < n_whole:
                 whole[here] = ints
                 return
-            part, tail = slice(here.start - n_whole, here.stop - n_whole), ints[:, head:]
+            part = slice(here.start - n_whole, here.stop - n_whole)
+            tail = ints[:, head:].contiguous().numpy()
             heads[part] = ints[:, :head]
-            tails[part.start // LANES : part.stop // LANES] = packed(tail.numpy())
-            spread[:, part] = _norms_from(tail.reshape(len(tail), n_blocks, BLOCK)).T * scale[here]
+            tails[part.start // LANES : part.stop // LANES] = packed(tail)
+            spread[:, part] = Tails.of(tail, scale[here].numpy()).reach.T
 
         starts = [*range(0, n_whole, _TURNED), *range(n_whole, len(ids), _TURNED)]
         workers.run(fill, starts)
@@ -122,7 +100,7 @@ class SearchedVocabulary:
             whole=whole,
             heads=heads,
             tails=tails,
-            spread=spread.numpy(),
+            spread=spread,
         )
 
     def search(
@@ -138,11 +116,13 @@ class SearchedVocabulary:
         `ints` are directions, turned; `per_std` makes such products standard deviations.
         """
         # late: numba takes a second to import
+        from sae.kernels.lanes import Tails
         from viewer.index.extreme_loops import drop, extremes, no_extremes
 
         found = Found.empty(len(ints), count, n_bins)
         head = self.heads.shape[1]
-        heads, tails = ints[:, :head].contiguous(), Tails.of(ints[:, head:].contiguous())
+        heads, tail = ints[:, :head].contiguous(), ints[:, head:].contiguous().numpy()
+        tails = Tails.of(tail, np.ones(len(ints), np.float32))
         cubes, per_bin = np.zeros((2, len(ints))), (per_std * bins_per_std).numpy()
         # so many of those seen first are expected among the `count` of all
         at_first = min(count, int(np.ceil(_MARGIN * count * len(self.whole) / len(self.ids))))
@@ -162,22 +142,20 @@ class SearchedVocabulary:
         workers_for(torch.get_num_threads()).run(search, range(0, len(ints), _TILE_ROWS))
         whole, rest = torch.from_numpy(cubes) * per_std.double() ** 3
         # a head that holds too little says less than a share of the tokens does
-        missing = self._tail_variance(tails) * per_std**2
+        missing = self._tail_variance(tails.reach) * per_std**2
         found.cubes[:] = whole + torch.where(
             missing < _MISSING, rest, whole * (len(self.heads) / max(1, len(self.whole)))
         )
         return found
 
-    def _tail_variance(self, tails: Tails) -> Float[Tensor, " latent"]:
+    def _tail_variance(self, reach: Float32[np.ndarray, "latent edge"]) -> Float[Tensor, " latent"]:
         """About the variance of the tails' products: coordinates of a block are even."""
         if not len(self.heads):
-            return torch.zeros(len(tails.tail))
-        latents, tokens = (
-            torch.from_numpy(tails.reach).square(),
-            torch.from_numpy(self.spread).square().mean(1),
-        )
+            return torch.zeros(len(reach))
+        latents, tokens = torch.from_numpy(reach).square(), torch.from_numpy(self.spread).square().mean(1)
         blocks = latents.diff(dim=1).neg(), tokens.diff().neg()
-        return blocks[0] @ blocks[1] * (blocks[1].numel() / tails.tail.shape[1])
+        n_coordinates = self.whole.shape[1] - self.heads.shape[1]
+        return blocks[0] @ blocks[1] * (len(blocks[1]) / n_coordinates)
 
     def _search_whole(
         self,
@@ -205,7 +183,7 @@ class SearchedVocabulary:
     def _search_heads(
         self,
         heads: Tensor,
-        tails: Tails,
+        tails: tuple[np.ndarray, ...],
         room: Tensor,
         found: tuple[np.ndarray, ...],
         count: int,
@@ -247,13 +225,6 @@ class Found:
 
 def _tiles(start: int, stop: int) -> list[slice]:
     return [slice(at, min(at + _TILE_COLUMNS, stop)) for at in range(start, stop, _TILE_COLUMNS)]
-
-
-def _norms_from(blocks: Int[Tensor, "row block coordinate"]) -> Float[Tensor, "row edge"]:
-    """The norms of what comes from each block on, and behind the last; rounded up."""
-    squares = blocks.float().square().sum(2)
-    norms = squares.flip(1).cumsum(1).flip(1).sqrt() * (1 + 1e-5)
-    return torch.cat([norms, torch.zeros(len(norms), 1)], 1)
 
 
 def _turned(
