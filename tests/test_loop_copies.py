@@ -60,7 +60,7 @@ def test_a_changed_loop_is_seen_by_the_loops_of_other_files_that_call_it(copy):
 
 
 def test_copies_that_name_what_is_no_longer_there_are_made_anew(copy):
-    """As after an update in place: the index of copies is read before it is known to be of an older program."""
+    """As after an update in place: the index of copies is read before it is known to be of another."""
     assert ask(copy) == (3.0, 0)
     (index,) = (copy / "copies").rglob("loops.multiply_at*.nbi")
     with index.open("rb") as file:
