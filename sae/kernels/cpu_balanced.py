@@ -238,6 +238,8 @@ class BalancedForward(Forward):
     """The active latents of one batch in the making, by balanced screens."""
 
     screens: Balanced
+    # products of few coordinates: what a tile costs beside them counts
+    tile = 512
 
     def encode(self) -> None:
         self.multiplied: list[int] = []

@@ -34,8 +34,6 @@ _NARROW = 16
 _WASTE = {torch.bfloat16: 24, None: 8}
 # rounding to integers, beside what is measured of it: sums of squares in fp32
 _UNIT_INT8 = 2.0**-10
-# rows of integer products made at once
-_TILE = 256
 # bytes of a cache line
 _LINE = 64
 # candidates a row that buffers are made for at first, in multiples of the L0 aimed at
@@ -146,6 +144,8 @@ class Forward:
 
     changing = False
     """Whether the weights change from batch to batch."""
+    tile = 256
+    """Rows of integer products made at once."""
 
     def __init__(
         self,
@@ -301,7 +301,7 @@ class Forward:
         they fit a core's cache. The pairs found, or -1 if there is no room.
         """
         scan, found = self._scanner(part, bound, norm, slack), 0
-        for tile in parts_of(self.batch, _TILE):
+        for tile in parts_of(self.batch, self.tile):
             found = scan(tile, self._integers(tile, part), rows, columns, found)
             if found < 0:
                 break

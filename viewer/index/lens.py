@@ -20,7 +20,7 @@ _LATENT_CHUNK = 1024
 # with fewer, turning the vocabulary into integers costs more than it saves
 _MIN_DIRECTIONS = 4096
 # candidates of the search in integers, in multiples of the tokens wanted
-_INT8_CANDIDATES = 4
+_INT8_CANDIDATES = 3
 # directions whose candidates are computed again at once
 _EXACT_ROWS = 256
 # columns of the vocabulary multiplied into its covariance at once, and products held until they are summed
