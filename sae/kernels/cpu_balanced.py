@@ -77,7 +77,7 @@ class Halves(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """A block of latents as `lanes.over` and `lanes.narrow_over` read them; the last few may be none."""
+    """A block of latents as `lanes.list_over` and `lanes.narrow_over` read them; the last few may be none."""
 
     scale: Any
     norm: Any
@@ -296,16 +296,8 @@ class BalancedForward(Forward):
         ) -> int:
             of_rows = tuple(array[tile] for array in of_all)
             found, multiplied = scan_heads(
-                product,
-                self.tails.part(tile),
-                columns,
-                of_rows,
-                order,
-                rows,
-                found_columns,
-                tile.start,
-                found,
-            )
+                product, self.tails.part(tile), columns, of_rows, order, rows, found_columns, tile.start, found
+            )  # fmt: skip
             self.multiplied.append(multiplied)
             return found
 

@@ -30,7 +30,7 @@ _INTS, _FLOATS = ir.VectorType(_I32, LANES), ir.VectorType(ir.FloatType(), LANES
 
 
 def packed(columns: Int8[np.ndarray, "column d"]) -> UInt8[np.ndarray, "lanes block quad lane four"]:
-    """Columns as `narrow` reads them; their number is a multiple of LANES, d one of BLOCK."""
+    """Columns as loops read them; their number is a multiple of LANES, d one of BLOCK."""
     n, d = columns.shape
     shaped = columns.reshape(n // LANES, LANES, d // BLOCK, BLOCK // QUAD, QUAD)
     return np.ascontiguousarray(shaped.transpose(0, 2, 3, 1, 4)).view(np.uint8) + np.uint8(OFFSET)
