@@ -296,7 +296,8 @@ class BalancedForward(Forward):
         ) -> int:
             of_rows = tuple(array[tile] for array in of_all)
             found, multiplied = scan_heads(
-                product, self.tails.part(tile), columns, of_rows, order, rows, found_columns, tile.start, found
+                product, self.tails.part(tile), columns, of_rows, order, rows, found_columns, tile.start,
+                found,
             )  # fmt: skip
             self.multiplied.append(multiplied)
             return found
