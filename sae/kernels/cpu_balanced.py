@@ -32,7 +32,6 @@ _SAMPLE, _LOST = 512, 0.016
 _TURNED, _SUMMED = 256, 128
 # rows looked at together: what is left of them is listed
 _ROWS = 64
-
 # rows whose moments are enough: with fewer, more of other rows is left in the tail
 _AFTER = 8192
 # what balancing costs, in as many of those products as d_in^3 and d_in^2 d_sae are; it waits for so much of

@@ -46,7 +46,9 @@ class TokenLogits:
     std: Float[np.ndarray, " latent"]
     """Standard deviation over all tokens."""
     skew: Float[np.ndarray, " latent"]
-    """Third central moment over std^3, over all tokens; 0 where std is. Far above 0: speaks for a few."""
+    """Third central moment over std^3, over all tokens; 0 where std is. Far above 0: speaks for a few.
+
+    With a `Vocabulary` for many directions an estimate (`top_logits`)."""
     histogram: Int[np.ndarray, "latent bin"]
     """Tokens between each two of `logit_histogram_edges`, in spans of tokens spread evenly over the ids."""
 
@@ -124,7 +126,9 @@ def top_logits(
     vocabulary at a time; three times as many candidates as are wanted are then computed in fp32 and ranked
     by that. With a `vocabulary` made for many directions they are searched in 8-bit integers, for more
     candidates; a direction for which what was left out comes near the tokens found, by the error seen in
-    them, is searched again. The skewness is then summed over 99 % of the logits' variance for most tokens.
+    them, is searched again. The skewness is then an estimate: most tokens' logits count with 99 % of their
+    variance, or where that holds less than nine tenths only the tokens of the histogram do (of 2,048
+    latents of Gemma 3 270M 0.002 off on average, 0.025 at most).
     """
     unembed = model.W_U
     count = min(count, unembed.shape[1] // 2)

@@ -73,7 +73,9 @@ LATENTS_SCHEMA = pa.schema(
         _field("bottom_logits", _FLOATS, "their logits, per unit of activation"),
         _field("logit_mean", pa.float32(), "mean over the vocabulary, which the other logits are about"),
         _field("logit_std", pa.float32(), "its standard deviation"),
-        _field("logit_skew", pa.float32(), "its skewness"),
+        _field(
+            "logit_skew", pa.float32(), "its skewness, where there are thousands of latents to about 0.02"
+        ),
         _field("logit_histogram", _INTS, "tokens, of a spread sample, in the manifest's bins of std"),
         _field("neuron_alignment", _NEURONS, "largest entries of the decoder row, and shares of its L1 norm"),
         _field("duplicate_of", pa.int32(), "first latent with nearly this decoder row and firings, if any"),
