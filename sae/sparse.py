@@ -14,8 +14,8 @@ from sae.kernels.step import StepWeights
 
 # the largest dense encoder output held at once, in elements: 64 MiB of fp32
 _DENSE_ELEMENTS = 2**24
-# rows whose lists are made at once
-_ROWS = 2048
+# rows whose lists are made at once, and latents whose weights are turned at once
+_ROWS, _LATENTS = 2048, 512
 # latents a row that buffers are made for at first; they grow
 _PLANNED_L0 = 64.0
 # where more than one latent in so many fires, decoding them all as one product is faster
@@ -102,16 +102,20 @@ class _Screened:
     def __init__(self, dictionary: JumpReLU | BatchTopK) -> None:
         # late: numba takes a second to import
         from sae.kernels.cpu_balanced import Balancing
-        from sae.kernels.cpu_forward import Buffers, Screens
+        from sae.kernels.cpu_forward import Buffers, Screens, parts_of
         from sae.kernels.workers import workers_for
 
-        cfg = dictionary.cfg
-        W_enc_t = dictionary.W_enc.detach().T.contiguous()
-        centre, b_enc = torch.zeros(cfg.d_in), dictionary.b_enc.detach()
-        if not cfg.transcoder:
-            # a mean that all rows share would widen the product's error, and all pairs would pass the screen
-            centre = dictionary.b_dec.detach().clone()
-            b_enc = (b_enc.double() + W_enc_t.double() @ centre.double()).float()
+        cfg, self._workers = dictionary.cfg, workers_for(torch.get_num_threads())
+        W_enc, b_enc = dictionary.W_enc.detach(), dictionary.b_enc.detach().clone()
+        W_enc_t = W_enc.new_empty(W_enc.T.shape)
+        # a mean that all rows share would widen the product's error, and all pairs would pass the screen
+        centre = torch.zeros(cfg.d_in) if cfg.transcoder else dictionary.b_dec.detach().clone()
+
+        def turn(part: slice) -> None:
+            W_enc_t[part] = W_enc[:, part].T
+            b_enc[part] = (b_enc[part].double() + W_enc_t[part].double() @ centre.double()).float()
+
+        self._workers.run(turn, parts_of(cfg.d_sae, _LATENTS))
         self._weights = StepWeights(
             W_enc_t=W_enc_t,
             b_enc=b_enc,
@@ -122,7 +126,6 @@ class _Screened:
         )
         # the gate is pre > threshold, and only positive latents fire
         self._gate = dictionary.threshold.detach().clamp(min=0).numpy()
-        self._workers = workers_for(torch.get_num_threads())
         self._screens: Screens | None = None
         self._balance = Balancing(*W_enc_t.shape)
         self._buffers = Buffers()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from viewer.index.firings import Firings, Texts
-from viewer.index.labels import make_labels
+from viewer.index.labels import _words_of, make_labels
 from viewer.index.words import Reading, kind_of_token, plain_word, quoted, stem
 
 WORDS = (
@@ -120,6 +120,17 @@ def test_places_in_text_and_sentence():
     ends = shifted(spelled(texts), -1)
     starts = np.isin(ends, [".", "\n"])
     assert label_of(texts, starts)[:2] == ("the start of a sentence", "position")
+
+
+def test_a_word_raised_in_two_spellings_counts_once_and_the_order_is_kept():
+    reading = Reading.of(make_text(), STRINGS)
+    strings = STRINGS | {900: " Cat", 901: "DOG", 902: "nowhere"}
+    dog, cat, tree = (WORDS.index(f" {word}") for word in ("dog", "cat", "tree"))
+    raised = np.array([[dog, 900, cat, 901, 902, tree], [902, tree, 901, dog, 902, 900], [902] * 6])
+    found = _words_of(raised, reading, strings)
+    dog, cat, tree = (reading.word_of[word] for word in ("dog", "cat", "tree"))
+    assert found.tolist() == [[dog, cat, tree, -1, -1, -1], [tree, dog, cat, -1, -1, -1], [-1] * 6]
+    assert _words_of(raised[:, :0], reading, strings).shape == (3, 0)
 
 
 def test_a_next_word_that_the_latent_raises_is_predicted():

@@ -128,7 +128,10 @@ class IndexBuilder:
         self.n_latents = sum(dictionaries[site].cfg.d_sae for site in self.own)
         """Latents of the sites indexed here."""
         self._text, self._examples, self._resume = dict(text), examples, resume
-        self._digests = {site: _digest(dictionaries[site]) for site in self.own}
+        digests: dict[str, str] = {}
+        workers = workers_for(torch.get_num_threads())
+        workers.run(lambda site: digests.update({site: _digest(dictionaries[site])}), self.own)
+        self._digests = {site: digests[site] for site in self.own}
         self._check_others()
         facts = {"model": model.name, "text": self._text, "dictionaries": self._digests}
         ranks = self._ranks

@@ -125,10 +125,13 @@ def make_labels(
     `top_tokens` are those that each latent raises most (`lens.top_logits`), and `strings` their text.
     """
     counts = np.diff(firings.starts)
-    found = _best(firings, reading, top_tokens, strings)
+    raised = None
+    if top_tokens is not None and strings is not None:
+        raised = _words_of(top_tokens, reading, strings)
+    found = _best(firings, reading, raised)
     unexplained = np.array([c is None for c in found.chosen], bool) & (counts >= LEAST_FIRINGS)
     strong = _strong(firings, unexplained)
-    at_peak = _best(strong, reading, top_tokens, strings)
+    at_peak = _best(strong, reading, raised)
     share = np.zeros(len(counts), np.float32)
     text, evidence, kind = [], [], []
     for latent, n in enumerate(counts.tolist()):
@@ -164,20 +167,15 @@ class _Best(NamedTuple):
     """Its activation, summed."""
 
 
-def _best(
-    firings: Firings,
-    reading: Reading,
-    top_tokens: Int[np.ndarray, "latent rank"] | None,
-    strings: Mapping[int, str] | None,
-) -> _Best:
+def _best(firings: Firings, reading: Reading, raised: Int[np.ndarray, "latent rank"] | None) -> _Best:
     total = np.diff(np.append(0.0, np.cumsum(firings.activation, dtype=np.float64))[firings.starts])
     total = np.maximum(total, np.finfo(np.float64).tiny)
     candidates = [c for view in reading.views for c in _of_view(view, firings, reading, total)]
     words = next(c for c in candidates if c.kind == "list of words" and c.length == _MIXED)
     tokens = next(c for c in candidates if c.kind == "token")
     candidates += _near(firings, reading)
-    if top_tokens is not None and strings is not None:
-        candidates.append(_predicts(firings, reading, top_tokens, strings, total))
+    if raised is not None:
+        candidates.append(_predicts(firings, reading, raised, total))
     bits = np.stack([c.bits(np.diff(firings.starts)) for c in candidates])
     best = zip(bits.argmax(0).tolist(), (bits.max(0) > -np.inf).tolist(), strict=True)
     return _Best([candidates[n] if there else None for n, there in best], words, tokens, total)
@@ -281,23 +279,36 @@ def _near(firings: Firings, reading: Reading) -> list[_Candidate]:
     ]
 
 
-def _predicts(
-    firings: Firings, reading: Reading, top: np.ndarray, strings: Mapping[int, str], total: np.ndarray
-) -> _Candidate:
+def _words_of(
+    top: Int[np.ndarray, "latent rank"], reading: Reading, strings: Mapping[int, str]
+) -> Int[np.ndarray, "latent rank"]:
+    """The words of each latent's tokens that the text has, in their order, and then -1."""
+    tokens, at = np.unique(top, return_inverse=True)
+    numbers = [reading.word_of.get(plain_word(strings[token]), -1) for token in tokens.tolist()]
+    words = np.array(numbers, np.int64)[at.reshape(top.shape)]
+    # a word counts once, however many of its spellings are raised
+    again = np.zeros(top.shape, bool)
+    for rank in range(1, top.shape[1]):
+        again[:, rank] = (words[:, :rank] == words[:, rank, None]).any(1)
+    words[again] = -1
+    return np.take_along_axis(words, np.argsort(words < 0, axis=1, kind="stable"), 1)
+
+
+def _predicts(firings: Firings, reading: Reading, sets: np.ndarray, total: np.ndarray) -> _Candidate:
     """Whether the next word is one that the latent raises."""
     from viewer.index.label_loops import sum_on_sets
 
     n_words = max(len(reading.word_of), 1)
-    plain = {token: plain_word(strings[token]) for token in np.unique(top).tolist()}
-    sets: np.ndarray = np.full(top.shape, -1)
-    for latent, row in enumerate(top.tolist()):
-        # a word counts once, however many of its spellings are raised
-        known = dict.fromkeys(n for token in row if (n := reading.word_of.get(plain[token], -1)) >= 0)
-        sets[latent, : len(known)] = list(known)
     mass, count = np.zeros(len(firings)), np.zeros(len(firings), np.int64)
     several = np.zeros(len(firings), bool)
-    arrays = (firings.starts, firings.row, firings.activation, reading.next_word, reading.document)
-    sum_on_sets(*arrays, sets, n_words, mass, count, several)
+    arrays = (firings.row, firings.activation, reading.next_word, reading.document)
+
+    def some(first: int) -> None:
+        span = slice(first, first + _LATENTS)
+        starts = firings.starts[first : span.stop + 1]
+        sum_on_sets(starts, *arrays, sets[span], n_words, mass[span], count[span], several[span])
+
+    workers_for(torch.get_num_threads()).run(some, range(0, len(firings), _LATENTS))
     there = reading.next_word[reading.next_word >= 0]
     base = np.append(np.bincount(there, minlength=n_words) / max(len(reading.next_word), 1), 0)[sets]
 
