@@ -117,13 +117,18 @@ def test_balanced_screens_lose_nothing(make, at_the_edge, small_heads, monkeypat
     assert torch.equal(found.activation, expected.activation)
 
 
+def gate_of(encoder, x):
+    """A rounding less than what each latent makes of the row of its own number."""
+    exact = (x[: len(encoder)].double() * encoder.double()).sum(1)
+    return (exact - 2.0**-20 * exact.abs()).float()
+
+
 def lists(encoder, x, screens, forward):
-    """The pairs above a rounding less than what each latent makes of the row of its own number."""
+    """The pairs above their gates."""
     d_sae, d_in = encoder.shape
     zeros = torch.zeros
     weights = StepWeights(encoder, zeros(d_sae), zeros(d_sae, 0), zeros(d_in), zeros(0), zeros(d_sae))
-    exact = (x[:d_sae].double() * encoder.double()).sum(1)
-    gate = (exact - 2.0**-20 * exact.abs()).float().numpy()
+    gate = gate_of(encoder, x).numpy()
     step = forward(weights, screens, cpu_forward.Buffers(), WORKERS, gate=gate, l0=64.0)
     step.begin(x, x[:, :0])
     step.encode()
@@ -186,7 +191,8 @@ def test_what_turning_may_miss_is_allowed_for(missed, monkeypatch):
 
 def check(x, encoder, turn):
     """The same pairs as by the full product, the row of each latent's own number among them."""
-    screens = cpu_balanced.Balanced.turned(encoder, turn, HEAD, WORKERS)
+    gate, none = gate_of(encoder, x), torch.zeros(len(encoder))
+    screens = cpu_balanced.Balanced.turned(encoder, gate, none, turn, HEAD, WORKERS)
     found = lists(encoder, x, screens, BALANCED)
     full = cpu_forward.screens_for(None, encoder, torch.float32, WORKERS)
     assert found == lists(encoder, x, full, PLAIN)
@@ -212,7 +218,7 @@ def test_a_few_rows_are_no_sample_to_choose_a_head_on(monkeypatch):
 def test_what_costs_much_to_balance_waits_for_more_rows():
     """At 2,304 coordinates and 65,536 latents it takes half a minute of a processor."""
     waits = [cpu_balanced.Balancing(d_sae, d_in) for d_sae, d_in in ((16_384, 640), (65_536, 2304))]
-    assert [balancing._after // 1000 for balancing in waits] == [8, 29]
+    assert [balancing._after // 1000 for balancing in waits] == [4, 13]
     assert [balancing._over for balancing in waits] == [False, False]
     assert cpu_balanced.Balancing(4096, 640)._over and cpu_balanced.Balancing(16_384, 2304)._over
 

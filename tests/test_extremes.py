@@ -5,15 +5,14 @@ import pytest
 import torch
 
 from sae.kernels.int8 import int8_is_fast, quantised
-from sae.kernels.lanes import OFFSET, Tails, packed
+from sae.kernels.lanes import BLOCK, LANES, OFFSET, Blocks, packed
 from viewer.index import extremes, lens
-from viewer.index.extreme_loops import aligned, count_bins, keep_extremes, no_extremes
 from viewer.index.extreme_loops import extremes as kept
+from viewer.index.extreme_loops import keep_extremes, no_extremes
 from viewer.index.extremes import SearchedVocabulary
-from viewer.index.head_loops import keep_extremes_of_heads
 from viewer.index.lens import Vocabulary, top_logits
 
-SIZES = [(1, 1), (3, 63), (2, 64), (5, 129), (4, 300)]
+SIZES = [(1, 1), (3, 63), (2, 64), (70, 129), (5, 300), (4, 9000)]
 COUNT, BINS = 12, 41
 
 exact_products = pytest.mark.skipif(
@@ -46,39 +45,57 @@ class End:
         return torch.randn(n, len(self.W_U), generator=self.generator)
 
 
-@pytest.mark.parametrize(("rows", "columns"), SIZES)
-@pytest.mark.parametrize("size", [3, 1000, 10**7])
-def test_the_most_extreme_are_kept_and_the_first_of_equal_ones(rows, columns, size):
-    rng = np.random.default_rng(columns)
-    n_columns, count = 4 * columns, 5
-    products = rng.integers(-size, size + 1, (rows, n_columns)).astype(np.int32)
-    scale = rng.choice(np.array([0.5, 1, 2], np.float32), n_columns)
-    ids_of = rng.permutation(n_columns).astype(np.int32)
-    cubes, histogram = np.zeros(rows), np.zeros((rows, 5), np.int32)
-    per_bin = np.full(rows, 2.0 ** (1 - size.bit_length()), np.float32)  # exact, however it is rounded
-    found, filled = no_extremes(rows, count), 0
-    # what is there before must not matter
-    bins = np.full((rows, 4 * (columns // 128 + 1), 128), 255, np.uint8)
-    for number in range(4):
-        span = slice(number * columns, (number + 1) * columns)
-        tile = np.ascontiguousarray(products[:, span])
-        filled = keep_extremes(
-            tile, scale[span], ids_of[span], *found, count, cubes, number != 2, per_bin, 5, bins, filled
+class Tokens:
+    """Columns with scores that are all products of one block, or nearly all."""
+
+    def __init__(self, columns, scale, ids=None):
+        self.columns, self.scale = columns.astype(np.int8), scale.astype(np.float32)
+        self.ids = numbers(len(columns)) if ids is None else ids
+        self.n_groups = -(-len(columns) // LANES)
+        padding = self.n_groups * LANES - len(columns)
+        whole = np.pad(self.columns, ((0, padding), (0, 0)))
+        factors = np.pad(self.scale, (0, padding))
+        spread = Blocks.of(whole, factors).reach.T
+        self.given = factors, packed(whole), np.ascontiguousarray(spread)
+
+    def take_in(self, rows, found, count, *, head=1, groups=None, counted=0, per_bin=None, bins=5):
+        """Cubes and histogram of such rows, and what is found in `found`."""
+        cubes, histogram = np.zeros(len(rows)), np.zeros((len(rows), bins), np.int32)
+        per_bin = np.ones(len(rows), np.float32) if per_bin is None else per_bin
+        keep_extremes(
+            Blocks.of(rows.astype(np.int8), np.ones(len(rows), np.float32)), head, self.given, self.ids,
+            groups or (0, self.n_groups), counted, per_bin, histogram, *found, count, cubes,
         )  # fmt: skip
-        if number == 1:
-            count_bins(bins, filled, histogram)
-            filled = 0
-    count_bins(bins, filled, histogram)
-    scores = products * scale
-    np.testing.assert_allclose(cubes, (scores.astype(np.float64) ** 3).sum(1), rtol=1e-3, atol=1e-3 * size**3)
-    is_counted = np.arange(n_columns) // columns != 2
-    binned = np.clip((scores[:, is_counted] * per_bin[:, None] + np.float32(2.5)).astype(np.int32), 0, 4)
+        return cubes, histogram
+
+
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+@pytest.mark.parametrize("size", [1, 11, 127])
+@pytest.mark.parametrize("share", [0, 0.4, 1])
+def test_the_most_extreme_are_kept_and_the_first_of_equal_ones(rows, columns, size, share):
+    rng, count, counted = np.random.default_rng(columns), 5, int(np.ceil(share * columns))
+    left, right = (rng.integers(-size, size + 1, (n, BLOCK)) for n in (rows, columns))
+    tokens = Tokens(
+        right, rng.choice(np.array([0.5, 1, 2]), columns), rng.permutation(columns).astype(np.int32)
+    )
+    per_bin = np.full(rows, 2.0 ** -np.ceil(np.log2(8 * size**2)), np.float32)  # exact, however it is rounded
+    found, whole = no_extremes(rows, count), -(-counted // LANES)
+    given = {"per_bin": per_bin, "counted": counted}
+    cubes, histogram = tokens.take_in(left, found, count, groups=(0, whole), **given)
+    others, empty = tokens.take_in(left, found, count, groups=(whole, tokens.n_groups))
+    scores = (left @ right.T) * tokens.scale
+    cubes += others
+    np.testing.assert_allclose(
+        cubes, (scores.astype(np.float64) ** 3).sum(1), rtol=1e-3, atol=1e-4 * np.abs(scores).max() ** 3
+    )
+    binned = np.clip(np.floor(scores[:, :counted] * per_bin[:, None] + np.float32(2.5)), 0, 4).astype(int)
     assert histogram.tolist() == [np.bincount(row, minlength=5).tolist() for row in binned]
+    assert not empty.any()
     values, ids = kept(*found, count)
-    n = min(count, n_columns)
+    n = min(count, columns)
     for side, signed in enumerate((scores, -scores)):
         order = np.argsort(-signed, axis=1, kind="stable")[:, :n]
-        assert ids[:, side, :n].tolist() == ids_of[order].tolist()
+        assert ids[:, side, :n].tolist() == tokens.ids[order].tolist()
         assert values[:, side, :n].tolist() == np.take_along_axis(signed, order, 1).tolist()
         assert (values[:, side, n:] == -np.inf).all()
 
@@ -87,19 +104,16 @@ def numbers(n):
     return np.arange(n, dtype=np.int32)
 
 
+def ones(n):
+    """Vectors of which every product is 1."""
+    return np.repeat(np.eye(1, BLOCK, dtype=np.int8), n, axis=0)
+
+
 @pytest.mark.parametrize("downhill", [False, True])
 def test_extremes_are_kept_where_every_score_is_one_for_a_while(downhill):
-    columns, count = 4 * 512, 3
-    rising = np.arange(columns, dtype=np.int32)[None] - 700
-    products, cubes = (-rising if downhill else rising), np.zeros(1)
-    found, ones = no_extremes(1, count), np.ones(columns, np.float32)
-    bins = np.empty((1, 0, 128), np.uint8)
-    for first in range(0, columns, 512):
-        span = slice(first, first + 512)
-        tile = np.ascontiguousarray(products[:, span])
-        keep_extremes(
-            tile, ones[span], numbers(columns)[span], *found, count, cubes, False, ones, 5, bins, 0
-        )  # fmt: skip
+    rising, count = np.arange(2048) - 700.0, 3
+    found = no_extremes(1, count)
+    Tokens(ones(2048), -rising if downhill else rising).take_in(ones(1), found, count)
     values, ids = kept(*found, count)
     rise, fall = (1347, 1346, 1345), (700, 699, 698)
     assert values[0].tolist() == ([list(fall), list(rise)] if downhill else [list(rise), list(fall)])
@@ -109,10 +123,10 @@ def test_extremes_are_kept_where_every_score_is_one_for_a_while(downhill):
 
 def test_a_score_a_hair_above_many_equal_ones_is_kept():
     # next to one another in float32
-    products = np.full((1, 1024), 2**23, np.int32)
-    products[0, 900] += 1
-    found, ones, bins = no_extremes(1, 2), np.ones(1024, np.float32), np.empty((1, 0, 128), np.uint8)
-    keep_extremes(products, ones, numbers(1024), *found, 2, np.zeros(1), False, ones, 5, bins, 0)
+    scores = np.full(1024, 2.0**23)
+    scores[900] += 1
+    found = no_extremes(1, 2)
+    Tokens(ones(1024), scores).take_in(ones(1), found, 2)
     values, ids = kept(*found, 2)
     assert ids[0].tolist() == [[900, 0], [0, 1]]
     assert values[0].tolist() == [[2**23 + 1, 2**23], [-(2**23)] * 2]
@@ -123,18 +137,9 @@ def test_where_nothing_is_found_there_are_ids_all_the_same(monkeypatch):
     monkeypatch.setattr(np, "empty", lambda shape, dtype=float: np.full(shape, 77, dtype))
     found = no_extremes(2, 9)
     monkeypatch.undo()
-    nan, bins = np.full(5, np.nan, np.float32), np.empty((2, 0, 128), np.uint8)
-    keep_extremes(
-        np.ones((2, 5), np.int32), nan, numbers(5), *found, 9, np.zeros(2), False, nan, 5, bins, 0
-    )  # fmt: skip
+    Tokens(ones(5), np.full(5, np.nan)).take_in(ones(2), found, 9)
     values, ids = kept(*found, 9)
     assert (values == -np.inf).all() and ids.min() >= 0 and ids.max() < 5
-
-
-def test_room_begins_where_a_line_of_the_cache_does():
-    rooms = [aligned(size) for size in (128, 1024, 1152) for _ in range(8)]
-    assert {room.ctypes.data % 64 for room in rooms} == {0}
-    assert [len(room) for room in rooms[::8]] == [128, 1024, 1152]
 
 
 def moments(end):
@@ -152,18 +157,16 @@ def searched(end, every=8):
 
 def scores_of(vocabulary, ints):
     """All of them, in the order of the search."""
-    heads = vocabulary.heads.numpy()
-    shape = len(heads), len(vocabulary.turn) - heads.shape[1]
-    tails = vocabulary.tails.astype(np.int64).transpose(0, 3, 1, 2, 4).reshape(shape) - OFFSET
-    tokens = np.concatenate([vocabulary.whole.numpy(), np.concatenate([heads, tails], 1)])
-    products = ints.numpy().astype(np.int64) @ tokens.T
-    return products.astype(np.float32) * vocabulary.scale.numpy()
+    tokens = vocabulary.packed.astype(np.int64).transpose(0, 3, 1, 2, 4).reshape(len(vocabulary.scale), -1)
+    n = len(vocabulary.ids)
+    products = ints.numpy().astype(np.int64) @ (tokens - OFFSET)[:n].T
+    return products.astype(np.float32) * vocabulary.scale[:n]
 
 
 def integers(end, vocabulary, n=70):
     """Of directions of many kinds, one of them all zeros."""
     ints, _ = quantised(end.directions(n) * end.weight @ vocabulary.turn)
-    head = vocabulary.heads.shape[1]
+    head = vocabulary.head * BLOCK
     ints[1] = 0
     ints[2, head:] = 0
     ints[3:6, :head] = 0
@@ -200,18 +203,20 @@ def check(vocabulary, ints, count=COUNT):
 
 
 def has_head(vocabulary):
-    d_model = len(vocabulary.turn)
-    return len(vocabulary.heads) > 0 and 0 < vocabulary.heads.shape[1] < d_model
+    return 0 < vocabulary.head < len(vocabulary.spread) - 1
 
 
 @exact_products
 @pytest.mark.parametrize("crowded", [False, True])
-@pytest.mark.parametrize(("d_model", "falls", "head"), [(192, 2, 128), (192, 3, 128), (256, 6, 64)])
-def test_a_search_by_heads_finds_the_most_extreme_of_all_products(d_model, falls, head, crowded):
+@pytest.mark.parametrize(
+    ("d_model", "falls", "head", "every"), [(192, 2, 2, 8), (192, 3, 2, 23), (256, 6, 1, 8), (200, 3, 2, 23)]
+)
+def test_a_search_by_heads_finds_the_most_extreme_of_all_products(d_model, falls, head, every, crowded):
     end = End(d_model, falls=falls, crowded=crowded)
-    vocabulary = searched(end)
-    assert has_head(vocabulary) and (crowded or vocabulary.heads.shape[1] == head)
-    assert len(vocabulary.whole) % 128 and len(vocabulary.heads) % 128 == 0
+    vocabulary = searched(end, every)
+    assert has_head(vocabulary) and (crowded or vocabulary.head == head)
+    # the last sixteen are not all tokens, and of those that are counted in one of two cases
+    assert len(vocabulary.ids) % LANES and bool(vocabulary.counted % LANES) == (every == 23)
     _, n_found = check(vocabulary, integers(end, vocabulary))
     # what is let by is seldom less than what is wanted, and never much less
     assert crowded or ((n_found[8:] == COUNT).mean() > 0.7 and n_found[8:].mean() > 0.9 * COUNT)
@@ -222,18 +227,13 @@ def test_a_search_by_heads_finds_the_most_extreme_of_all_products(d_model, falls
 def test_tails_that_are_parallel_reach_as_far_as_their_norms(sign, last):
     """Each direction's is that of one token, which is a hair beyond the limit: nothing may rule it out."""
     rng = np.random.default_rng(last)
-    tail = rng.integers(-127, 128, (128, 192)).astype(np.int8)
-    tail[:, :last] = 0
-    scale = (0.5 + rng.random(128)).astype(np.float32)
-    tokens = torch.from_numpy(sign * tail)
-    spread = np.ascontiguousarray(Tails.of(tokens.numpy(), scale).reach.T)
-    best = (tail.astype(np.int64) ** 2).sum(1).astype(np.float32) * scale
+    rows = rng.integers(-127, 128, (128, 4 * BLOCK)).astype(np.int8)
+    rows[:, : BLOCK + last] = 0
+    tokens = Tokens(sign * rows, 0.5 + rng.random(128))
+    best = (rows.astype(np.int64) ** 2).sum(1).astype(np.float32) * tokens.scale
     values, ids, held, limits = no_extremes(128, 3)
     limits[:] = np.nextafter(best, np.float32(0))[:, None]
-    keep_extremes_of_heads(
-        np.zeros((128, 128), np.int32), Tails.of(tail, np.ones(128, np.float32)),
-        (scale, packed(tokens.numpy()), spread), numbers(128), values, ids, held, limits, 3, np.zeros(128),
-    )  # fmt: skip
+    tokens.take_in(rows, (values, ids, held, limits), 3)
     side = 0 if sign > 0 else 1
     for r in range(128):
         found = ids[r, side, : held[r, side]].tolist()
@@ -247,8 +247,7 @@ def test_a_search_by_heads_takes_any_number_of_directions_and_small_tiles(n, mon
     vocabulary = searched(end)
     ints = integers(end, vocabulary, 150)[-n:]
     whole, _ = check(vocabulary, ints)
-    monkeypatch.setattr(extremes, "_TILE_ROWS", 3)
-    monkeypatch.setattr(extremes, "_TILE_COLUMNS", 256)
+    monkeypatch.setattr(extremes, "_ROWS", 3)
     tiled, _ = check(vocabulary, ints)
     # with other tiles another of two equal tokens may come first
     assert torch.equal(tiled.scores, whole.scores) and torch.equal(tiled.limits, whole.limits)
@@ -260,9 +259,22 @@ def test_a_search_by_heads_takes_any_number_of_directions_and_small_tiles(n, mon
 def test_more_may_be_wanted_than_the_first_tokens_hold(count):
     end = End(d_vocab=2100)
     vocabulary = searched(end)
-    assert has_head(vocabulary) and len(vocabulary.whole) < 500
+    assert has_head(vocabulary) and vocabulary.counted < 500
     _, n_found = check(vocabulary, integers(end, vocabulary), count)
     assert n_found.max() == count
+
+
+def test_the_variance_of_what_heads_lack_is_known_well_enough():
+    end = End()
+    vocabulary = searched(end)
+    assert has_head(vocabulary)
+    ints, _ = quantised(end.directions(70) * end.weight @ vocabulary.turn)
+    ones = np.ones(len(ints), np.float32)
+    found = vocabulary._tail_variance(Blocks.of(ints.numpy(), ones).reach)
+    ints[:, : vocabulary.head * BLOCK] = 0
+    exact = torch.from_numpy(scores_of(vocabulary, ints)).square().mean(1)
+    # within a block both sides fall alike, by which it is more
+    assert 0.5 < (found / exact).min() < (found / exact).max() < 1.5
 
 
 @exact_products
@@ -281,7 +293,7 @@ def test_tokens_that_are_the_more_extreme_the_later_they_come_are_found():
 def test_a_vocabulary_without_main_directions_is_multiplied_whole():
     end = End(falls=0)
     vocabulary = searched(end)
-    assert len(vocabulary.whole) == 3001 and not len(vocabulary.heads)
+    assert vocabulary.head == 3 == len(vocabulary.spread) - 1
     ints = integers(end, vocabulary)
     found, n_found = check(vocabulary, ints)
     assert (n_found == COUNT).all()
@@ -293,7 +305,7 @@ def test_a_vocabulary_without_main_directions_is_multiplied_whole():
 
 @exact_products
 def test_a_search_in_integers_gives_the_same_bits_on_one_thread_and_on_two(monkeypatch):
-    monkeypatch.setattr(extremes, "_TILE_ROWS", 16)
+    monkeypatch.setattr(extremes, "_ROWS", 16)
     end, threads, results = End(), torch.get_num_threads(), []
     rows, given, counted = end.directions(70) * end.weight, moments(end), torch.arange(400)
     try:
@@ -302,7 +314,8 @@ def test_a_search_in_integers_gives_the_same_bits_on_one_thread_and_on_two(monke
             vocabulary = SearchedVocabulary.of(end.W_U, *given, counted)
             ints, _ = quantised(rows @ vocabulary.turn)
             found = vocabulary.search(ints, COUNT, torch.full((70,), 1e-4), 2, BINS)
-            made = [vocabulary.turn, vocabulary.scale, vocabulary.whole, vocabulary.heads]
+            arrays = vocabulary.scale, vocabulary.packed, vocabulary.spread
+            made = [vocabulary.turn, *map(torch.from_numpy, arrays)]
             results.append([*made, found.scores, found.ids, found.limits, found.histogram, found.cubes])
     finally:
         torch.set_num_threads(threads)
@@ -321,8 +334,7 @@ def in_integers(monkeypatch):
 @pytest.mark.parametrize("falls", [0, 3])
 @pytest.mark.parametrize("crowded", [False, True])
 def test_a_search_in_integers_finds_what_a_search_in_floats_finds(monkeypatch, in_integers, crowded, falls):
-    monkeypatch.setattr(extremes, "_TILE_ROWS", 3)
-    monkeypatch.setattr(extremes, "_TILE_COLUMNS", 256)
+    monkeypatch.setattr(extremes, "_ROWS", 3)
     end = End(d_vocab=4001, falls=falls, crowded=crowded)
     directions = end.directions(20)
     directions[5] = 0

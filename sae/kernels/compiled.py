@@ -14,7 +14,7 @@ from numba.core.caching import FunctionCache, IndexDataCacheFile
 # sums may be reordered when compiled, which makes them vectors; infinities and NaN keep their meaning
 _FLAGS = {"contract", "reassoc", "nsz"}
 # how a file with loops is known, or with what they are made of
-_MARKS = b"from sae.kernels.compiled import", b"from numba.extending import"
+_MARKS = b"from sae.kernels.compiled import", b"from numba.extending import", b"from llvmlite import"
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

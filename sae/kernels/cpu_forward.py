@@ -5,7 +5,6 @@ product; `cpu` says how it goes.
 import dataclasses
 import math
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,8 @@ from sae.kernels.workers import Workers
 # enough to share out evenly. Neither changes a result.
 COLUMNS = 512
 ROWS = 128
+# rows of integer products made at once
+_TILE = 256
 # rows and latents that say how large the coordinates of integers are, and the batches for which that holds
 _SAMPLE, _FIT_EVERY = 256, 64
 # with fewer coordinates there is nothing to gain, and torch's product of one coordinate is wrong
@@ -32,16 +33,12 @@ _NARROW = 16
 # widths of 2,048 and 4,096 (d_in 640; 150 and about 200 pairs a row), and 16,384 gains at 290 still. fp32:
 # reckoned from its product, which takes three times as long
 _WASTE = {torch.bfloat16: 24, None: 8}
-# rounding to integers, beside what is measured of it: sums of squares in fp32
-_UNIT_INT8 = 2.0**-10
+UNIT_INT8 = 2.0**-10
+"""Rounding to integers, beside what is measured of it: sums of squares in fp32."""
 # bytes of a cache line
 _LINE = 64
 # candidates a row that buffers are made for at first, in multiples of the L0 aimed at
 PLANNED = 4
-
-# of a tile of rows, its product with a block, the pairs' rows and columns, and how many pairs there are: how
-# many there are then, or -1 without room
-Scan = Callable[[slice, np.ndarray, np.ndarray, np.ndarray, int], int]
 
 
 @dataclasses.dataclass
@@ -144,8 +141,6 @@ class Forward:
 
     changing = False
     """Whether the weights change from batch to batch."""
-    tile = 256
-    """Rows of integer products made at once."""
 
     def __init__(
         self,
@@ -171,7 +166,7 @@ class Forward:
         self.pairs: list[loops.Pairs] = [loops.Pairs(None, None, None)] * len(self.blocks)
         self.gate, self.half, self.l0_planned, self.scales = gate, self.dtype.type(bandwidth / 2), l0, scales
         self.integers = screens.low_dtype == torch.int8
-        self.unit = _UNIT_INT8 if self.integers else torch.finfo(screens.product.dtype).eps
+        self.unit = UNIT_INT8 if self.integers else torch.finfo(screens.product.dtype).eps
         self.grown = False
         self.candidates = np.zeros(len(self.blocks), np.int64)
 
@@ -261,17 +256,16 @@ class Forward:
         """Product, screen and exact pre-activations of one block of latents."""
         part, thread = self.blocks[block], threading.get_ident()
         width = part.stop - part.start
-        bound, norm, slack = self._bounds(part)
         room = int(PLANNED * self.l0_planned * self.batch * width / self.d_sae) + 4096
         product, found = None if self.integers else self._product(part), -1
         while found < 0:
             rows = self.buffers.at_least(f"rows {thread}", room, np.int32)
             columns = self.buffers.at_least(f"columns {thread}", room, np.int32)
             if product is None:
-                found = self._scan_integers(part, bound, norm, slack, rows, columns)
+                found = self._scan_integers(block, rows, columns)
             else:
                 found = loops.scan_block(
-                    product, self._above(), self.row_norm, self.row_error, bound, norm, slack, rows, columns
+                    product, self._above(), self.row_norm, self.row_error, *self._bounds(part), rows, columns
                 )
             if found < 0:
                 self.grown, room = True, 2 * len(rows)
@@ -288,36 +282,20 @@ class Forward:
         scales = self.row_scale[:, None], self.screens.scale[::every]
         return values * torch.from_numpy(scales[0]) * torch.from_numpy(scales[1]) + torch.from_numpy(bias)
 
-    def _scan_integers(
-        self,
-        part: slice,
-        bound: np.ndarray,
-        norm: np.ndarray,
-        slack: Any,
-        rows: np.ndarray,
-        columns: np.ndarray,
-    ) -> int:
+    def _scan_integers(self, block: int, rows: np.ndarray, columns: np.ndarray) -> int:
         """Product and screen of a block in integers, twice as long as bfloat16: some rows at a time, so that
         they fit a core's cache. The pairs found, or -1 if there is no room.
         """
-        scan, found = self._scanner(part, bound, norm, slack), 0
-        for tile in parts_of(self.batch, self.tile):
-            found = scan(tile, self._integers(tile, part), rows, columns, found)
+        part, found = self.blocks[block], 0
+        scale, above, bounds = self.screens.scale[part], self._above(), self._bounds(part)
+        for tile in parts_of(self.batch, _TILE):
+            found = scan_integers(
+                self._integers(tile, part), self.row_scale[tile], scale, above[tile], self.row_norm[tile],
+                self.row_error[tile], *bounds, rows, columns, tile.start, found,
+            )  # fmt: skip
             if found < 0:
                 break
         return found
-
-    def _scanner(self, part: slice, bound: np.ndarray, norm: np.ndarray, slack: Any) -> Scan:
-        """What screens the integer products of a block."""
-        scale, above = self.screens.scale[part], self._above()
-
-        def scan(tile: slice, product: np.ndarray, rows: np.ndarray, columns: np.ndarray, found: int) -> int:
-            return scan_integers(
-                product, self.row_scale[tile], scale, above[tile], self.row_norm[tile], self.row_error[tile],
-                bound, norm, slack, rows, columns, tile.start, found,
-            )  # fmt: skip
-
-        return scan
 
     def _integers(self, tile: slice, part: slice) -> np.ndarray:
         """The integer product of some rows and a block."""
@@ -343,18 +321,12 @@ class Forward:
         """What a latent's product must exceed if its pre-activation is to matter, but for the margin of its
         pair; and of that margin the latents' norms and the part which is the same for the block.
         """
-        gate, bias = self.gate[part], self.w["b_enc"][part]
-        # the product is rounded when it is stored, by half a unit at most; the bound is rounded too
-        bound = gate - self.half - bias - self.unit * (np.abs(gate) + self.half + np.abs(bias))
+        # two errors multiply: of half a unit, or measured
         worst = self.screens.error[part].max()
-        # that rounding is also of what the margin holds, and two errors multiply: of half a unit, or measured
+        bound = least_products(self.gate[part], self.w["b_enc"][part], self.unit, self.half)
+        # rounding is also of what the margin holds
         norm = self.screens.norm[part] * self.dtype.type(1 + 2 * self.unit + (worst if self.integers else 0))
-        return bound, norm, self.dtype.type(worst + self._summed)
-
-    @property
-    def _summed(self) -> float:
-        """What sums in fp32 at best may be off by, beside norms: (1 + eps)^d is below 1 + 2 d eps."""
-        return 2 * (self.d_in + 8) * (2.0**-24 if self.dtype == np.float32 else 2.0**-52)
+        return bound, norm, self.dtype.type(worst + rounded_sums(self.d_in, self.dtype))
 
     def _exact(self, block: int, rows: np.ndarray, columns: np.ndarray, found: int) -> None:
         part = self.blocks[block]
@@ -370,6 +342,18 @@ class Forward:
             self.half, rows, columns, found, values, *pairs, self.active[block],
         )  # fmt: skip
         self.pairs[block] = pairs
+
+
+def least_products(gate: np.ndarray, bias: np.ndarray, unit: float, half: Any = 0) -> np.ndarray:
+    """What products must exceed, but for their margin, if they and their bias are to come within `half` of
+    gates. They are rounded when they are stored, by half a unit at most, and the bound is rounded too.
+    """
+    return gate - half - bias - unit * (np.abs(gate) + half + np.abs(bias))
+
+
+def rounded_sums(d_in: int, dtype: Any = np.float32) -> float:
+    """What sums in fp32 at best may be off by, beside norms: (1 + eps)^d is below 1 + 2 d eps."""
+    return 2 * (d_in + 8) * (2.0**-24 if dtype == np.float32 else 2.0**-52)
 
 
 def parts_of(length: int, size: int) -> list[slice]:

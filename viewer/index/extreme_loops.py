@@ -4,16 +4,24 @@ import numpy as np
 
 from sae.kernels.compiled import compiled
 from sae.kernels.cpu_loops import lowest_bit
+from sae.kernels.lanes import LANES, list_beyond, multiply, narrow_beyond, put_in_bins, room_for_lanes
 
-# columns looked at together; only a span that holds something new is looked at one by one
-SPAN = 128
+# rows that are looked at together: those that are left are listed, so that a guess goes wrong once a list
+# instead of once a row
+_ROWS = 64
+# columns that stay in a core's cache for all rows, and groups of sixteen of which cubes are summed in fp32
+SPAN, _SUMMED = 128, 64
+# what rounding may do to a score beside its limits, as a part of these
+_ROUNDED = 2.0**-20
+# spans whose bins are held until they are counted
+_BINNED_SPANS = 64
 # the bin of a column that is not there, above every other; so many bins a table of pairs has room for
 _NO_BIN, _BINS = 63, 64
 
 
 def no_extremes(rows, count):
     """What `keep_extremes` holds before the first tile: `values`, `ids`, `held` and `limits`."""
-    # one span must always fit behind those that are kept; the second makes it seldom that some must go
+    # sixteen must always fit behind those that are kept; with more it is seldom that some must go
     room = count + 2 * SPAN
     # ids of no token but 0 where nothing is found: they are looked up all the same
     values, ids = np.empty((rows, 2, room), np.float32), np.zeros((rows, 2, room), np.int32)
@@ -34,83 +42,112 @@ def extremes(values, ids, held, limits, count):
 
 @compiled
 def keep_extremes(
-    products, scale, ids_of, values, ids, held, limits, count, cubes, counted, per_bin, n_bins, bins, filled
+    blocks, head, tokens, ids_of, groups, counted, per_bin, histogram, values, ids, held, limits, count, cubes
 ):  # fmt: skip
-    """Takes a tile of scores into each row's most extreme ones, and into how each row's are spread.
+    """Takes the scores of some columns into each row's most extreme ones, and into how each row's are spread.
 
-    score[r, c] = products[r, c] * scale[c], with products [row, column] int32 and scale [column] float32;
-    `ids_of` int32 [column] says whose it is. The first `held` [row, 2] of `values` float32 and `ids` int32
-    [row, 2, room] are the `count` largest scores (side 0) and the largest of -score (side 1), and more, as
-    they came: whatever was above `limits` float32 [row, 2]. `cubes` float64 [row] takes the sum of all cubes.
+    `blocks` are rows' `lanes.Blocks`, and `tokens` (scale float32 [column], `lanes.packed`, spread float32
+    [block + 1, column]): the norms of what comes from each block on, times scale. Of the groups of sixteen
+    columns, all from the first to the last of `groups` are taken in; score[r, c] = product[r, c] * scale[c],
+    and `ids_of` int32 [column] says whose it is. There may be fewer ids than columns, which are none then.
 
-    Where the tile is `counted`, scores' bins are put into `bins` uint8 [row, span, column], spans of 128
-    columns behind the first `filled`; returns how many are filled then. score * per_bin[r] is in one of
-    `n_bins`, with 0 in the middle of the middle one, and the end bins hold what lies beyond.
+    The first `head` blocks are multiplied for all, and those behind where a score may be extreme. The first
+    `held` [row, 2] of `values` float32 and `ids` int32 [row, 2, room] are the `count` largest scores (side 0)
+    and the largest of -score (side 1), and more, as they came: whatever was above `limits` float32 [row, 2].
+    `cubes` float64 [row] takes the sum of all cubes, of heads' scores.
+
+    Of the first `counted` columns `histogram` int32 [row, bin] takes the scores, whose heads must be whole.
+    score * per_bin[r] is in one of its bins, with 0 in the middle of the middle one; the end bins also hold
+    what lies beyond.
     """
-    # slices and calls in these loops would cost as much as a span; behind the last column NaN beats nothing
-    room = aligned(-(-len(scale) // SPAN) * SPAN)
-    room[:] = np.nan
-    spans = room.reshape(-1, SPAN)
-    beyond = np.empty(SPAN, np.bool_)
-    any_of_eight = beyond.view(np.uint64)
-    at = filled
-    for r in range(len(products)):
-        total = np.float32(0)
-        for c in range(len(scale)):
-            score = np.float32(products[r, c]) * scale[c]
-            room[c] = score
-            total += score * score * score
-        cubes[r] += np.float64(total)
-        for i in range(len(spans)):
-            above, below = limits[r, 0], -limits[r, 1]
-            # counted, since a loop that stops early is not made of vectors; in 32 bits, as the scores are
-            number = np.int32(0)
-            for c in range(SPAN):
-                number = np.int32(number + np.int32((spans[i, c] > above) | (spans[i, c] < below)))
-            if number == 0:
-                continue
-            for c in range(SPAN):
-                beyond[c] = (spans[i, c] > above) | (spans[i, c] < below)
-            most, least = held[r, 0], held[r, 1]
-            for e in range(len(any_of_eight)):
-                rest = any_of_eight[e]
-                while rest != 0:
-                    # a flag is the lowest bit of its byte
-                    c = i * SPAN + e * 8 + lowest_bit(rest) // 8  # pyright: ignore[reportCallIssue]
-                    rest &= rest - np.uint64(1)
-                    # written to both sides: what a guess would get wrong costs more
-                    values[r, 0, most], values[r, 1, least] = room[c], -room[c]
-                    ids[r, 0, most], ids[r, 1, least] = ids_of[c], ids_of[c]
-                    most += room[c] > above
-                    least += room[c] < below
-            held[r, 0], held[r, 1] = most, least
-            if max(most, least) > values.shape[2] - SPAN:
-                drop(values, ids, held, limits, r, r + 1, count)
-        if counted:
-            at = _put_in_bins(spans, len(scale), per_bin[r], n_bins, bins, r, filled)
-    return at
+    scale, packed, spread = tokens
+    n_rows, n_blocks = blocks.start.shape
+    sums, some_cubes = room_for_lanes(n_rows).view(np.int32), room_for_lanes(n_rows)
+    some_cubes[:] = 0
+    rows, masks = np.empty(_ROWS, np.int64), np.empty(_ROWS, np.uint64)
+    bins, filled = np.empty((n_rows, _BINNED_SPANS if counted else 0, SPAN), np.uint8), 0
+    # what scores must be beyond: loosely before the last block, since they are rounded; and exactly
+    edges = np.empty((2, 2, n_rows), np.float32)
+    for r in range(n_rows):
+        _set_edges(limits, r, edges)
+    for first in range(groups[0], groups[1], SPAN // LANES):
+        last = min(first + SPAN // LANES, groups[1])
+        is_counted = first * LANES < counted
+        for begin in range(0, n_rows, _ROWS):
+            end = min(begin + _ROWS, n_rows)
+            for c in range(first * LANES, last * LANES, LANES):
+                for b in range(head - 1):
+                    multiply(begin, end, b, blocks, sums, packed, c)  # pyright: ignore[reportCallIssue]
+                n = list_beyond(  # pyright: ignore[reportCallIssue]
+                    rows, begin, end, masks, head - 1, blocks, sums, packed, c, scale, spread, edges,
+                    some_cubes,
+                )  # fmt: skip
+                if is_counted:
+                    _put_in_bins(sums, begin, end, scale, c, counted, per_bin, histogram, bins, filled)
+                for b in range(head, n_blocks):
+                    n = narrow_beyond(  # pyright: ignore[reportCallIssue]
+                        rows, n, masks, b, blocks, sums, packed, c, scale, spread, edges,
+                        np.int64(b + 1 == n_blocks),
+                    )  # fmt: skip
+                _keep(rows, n, masks, sums, scale, c, ids_of, values, ids, held, limits, count, edges)
+        if is_counted:
+            filled += 1
+            if filled == _BINNED_SPANS or last * LANES >= counted:
+                count_bins(bins, filled, histogram)
+                filled = 0
+        if last % _SUMMED == 0 or last == groups[1]:
+            _empty_into(cubes, some_cubes)
 
 
 @compiled
-def aligned(size):
-    """Room for float32 where a vector never lies on two lines of the cache."""
-    room = np.empty(size + 16, np.float32)
-    skipped = (-room.ctypes.data % 64) // 4
-    return room[skipped : skipped + size]
+def _empty_into(total, some):
+    for r in range(len(some)):
+        for lane in range(LANES):
+            total[r] += some[r, lane]
+            some[r, lane] = 0
 
 
 @compiled
-def _put_in_bins(spans, n_columns, per_bin, n_bins, bins, r, at):
-    """The part of `keep_extremes` for the bins of a row, whose scores are `spans` [span, column]."""
-    middle, last_bin = np.float32(n_bins) / np.float32(2), np.int32(n_bins - 1)
-    for i in range(len(spans)):
-        for c in range(SPAN):
-            place = np.int32(spans[i, c] * per_bin + middle)
-            bins[r, at, c] = np.uint8(min(max(place, np.int32(0)), last_bin))
-        for c in range(n_columns - i * SPAN, SPAN):
-            bins[r, at, c] = _NO_BIN
-        at += 1
-    return at
+def _keep(rows, n, masks, sums, scale, c, ids_of, values, ids, held, limits, count, edges):
+    """Takes the marked scores of sixteen columns from c on into the extremes of each of `rows`."""
+    there = np.uint64((1 << min(LANES, len(ids_of) - c)) - 1)
+    for k in range(n):
+        r, rest = rows[k], masks[k] & there
+        most, least, above, below = held[r, 0], held[r, 1], edges[1, 0, r], edges[1, 1, r]
+        while rest != 0:
+            lane = lowest_bit(rest)  # pyright: ignore[reportCallIssue]
+            rest &= rest - np.uint64(1)
+            score = np.float32(sums[r, lane]) * scale[c + lane]
+            # written to both sides: what a guess would get wrong costs more
+            values[r, 0, most], values[r, 1, least] = score, -score
+            ids[r, 0, most], ids[r, 1, least] = ids_of[c + lane], ids_of[c + lane]
+            most += score > above
+            least += score < below
+        held[r, 0], held[r, 1] = most, least
+        if max(most, least) > values.shape[2] - LANES:
+            drop(values, ids, held, limits, r, r + 1, count)
+            _set_edges(limits, r, edges)
+
+
+@compiled
+def _set_edges(limits, r, edges):
+    above, below = limits[r, 0], -limits[r, 1]
+    rounded = (abs(above) + abs(below)) * np.float32(_ROUNDED)
+    edges[0, 0, r], edges[0, 1, r] = above - rounded, below + rounded
+    edges[1, 0, r], edges[1, 1, r] = above, below
+
+
+@compiled
+def _put_in_bins(sums, begin, end, scale, c, counted, per_bin, histogram, bins, at):
+    """The part of `keep_extremes` for the bins of sixteen columns from c on, the span of which is at `at`."""
+    put_in_bins(  # pyright: ignore[reportCallIssue]
+        begin, end, sums, c, scale, per_bin, histogram.shape[1], bins, at, c % SPAN
+    )
+    if c % SPAN + LANES < SPAN and c + LANES < counted:
+        return
+    for r in range(begin, end):
+        for lane in range(max(counted - c, 0), SPAN - c % SPAN):
+            bins[r, at, c % SPAN + lane] = _NO_BIN
 
 
 @compiled

@@ -4,18 +4,17 @@ import dataclasses
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float32, Float64, Int, Int8, Int32, UInt8
 from torch import Tensor
 
 from sae.kernels.balance import balancing, evened
-from sae.kernels.int8 import int8_products, quantised
+from sae.kernels.int8 import quantised
 from sae.kernels.workers import workers_for
 
-# a tile of products that is still in the cache when it is read, and the product is busy
-_TILE_ROWS, _TILE_COLUMNS = 512, 1024
-# spans whose bins are held until they are counted
-_BINNED_SPANS = 64
-# tokens turned and made integers at once
+# directions searched for by one thread at a time, which stay in its core's cache
+_ROWS = 512
+# tokens turned and made integers at once, in whole sixteens
 _TURNED = 4096
 # what a head holds of a logit's variance; one of more than so many coordinates is not worth it
 _HELD, _LARGEST = 0.993, 0.8
@@ -31,21 +30,21 @@ class SearchedVocabulary:
 
     Tokens that a histogram counts are multiplied whole, and say what a token must exceed to be among the
     most extreme. Of the others the heads are, and only where the tail could carry it beyond that the tail is.
+    Behind the last there are zeros up to whole sixteens.
     """
 
-    turn: Float[Tensor, "d_model d_model"]
+    turn: Float[Tensor, "d_model turned"]
     """What directions are multiplied with."""
     ids: Int32[np.ndarray, " token"]
     """In the order of the search."""
     counted: int
     """The first so many are in the histograms."""
-    scale: Float[Tensor, " token"]
-    whole: Int8[Tensor, "some d_model"]
-    """The first tokens; the others are cut in two."""
-    heads: Int8[Tensor, "rest head"]
-    tails: UInt8[np.ndarray, "lanes block quad lane four"]
-    spread: Float32[np.ndarray, "edge rest"]
+    scale: Float32[np.ndarray, " column"]
+    packed: UInt8[np.ndarray, "lanes block quad lane four"]
+    spread: Float32[np.ndarray, "edge column"]
     """The norms of what comes from each block on, and behind the last, times scale."""
+    head: int
+    """How many blocks it has; all where tokens have no main directions."""
 
     @classmethod
     @torch.inference_mode()
@@ -58,8 +57,7 @@ class SearchedVocabulary:
         counted: Int[Tensor, " counted"],
     ) -> "SearchedVocabulary":
         """For directions of such second moments; `counted` are the ids that histograms count, rising."""
-        from sae.kernels.lanes import BLOCK, LANES, Tails, packed  # late: numba takes a second to import
-        from viewer.index.extreme_loops import SPAN
+        from sae.kernels.lanes import BLOCK, LANES, Blocks, packed  # late: numba takes a second to import
 
         workers = workers_for(torch.get_num_threads())
         turns: list[tuple[Tensor, Tensor, int]] = []
@@ -68,44 +66,34 @@ class SearchedVocabulary:
         turn, back, head = turns[0]
         other = torch.ones(unembed.shape[1], dtype=torch.bool)
         other[counted] = False
-        n_rest = int(other.sum()) // SPAN * SPAN if head < len(turn) else 0
-        ids = torch.cat([counted, other.nonzero()[:, 0]])
-        n_whole = len(ids) - n_rest
-        tokens, scale = unembed.T, torch.empty(len(ids))
-        whole = torch.empty(n_whole, len(turn), dtype=torch.int8)
-        heads = torch.empty(n_rest, head, dtype=torch.int8)
-        n_blocks = (len(turn) - head) // BLOCK
-        tails = np.empty((n_rest // LANES, n_blocks, BLOCK // 4, LANES, 4), np.uint8)
-        spread = np.empty((n_blocks + 1, n_rest), np.float32)
+        ids, tokens = torch.cat([counted, other.nonzero()[:, 0]]), unembed.T
+        n_blocks, n = turn.shape[1] // BLOCK, -(-len(ids) // LANES) * LANES
+        scale, spread = np.zeros(n, np.float32), np.zeros((n_blocks + 1, n), np.float32)
+        all_packed = np.empty((n // LANES, n_blocks, BLOCK // 4, LANES, 4), np.uint8)
 
         def fill(start: int) -> None:
-            here = slice(start, min(start + _TURNED, n_whole if start < n_whole else len(ids)))
-            ints, scale[here] = quantised((tokens[ids[here]].float() - mean) @ back)
-            if start < n_whole:
-                whole[here] = ints
-                return
-            part = slice(here.start - n_whole, here.stop - n_whole)
-            tail = ints[:, head:].contiguous().numpy()
-            heads[part] = ints[:, :head]
-            tails[part.start // LANES : part.stop // LANES] = packed(tail)
-            spread[:, part] = Tails.of(tail, scale[here].numpy()).reach.T
+            some = ids[start : start + _TURNED]
+            ints, scales = quantised((tokens[some].float() - mean) @ back)
+            here, zeros = slice(start, start + len(some)), (0, 0, 0, -len(some) % LANES)
+            scale[here] = scales.numpy()
+            spread[:, here] = Blocks.of(ints.numpy(), scale[here]).reach.T
+            sixteens = slice(start // LANES, -(-here.stop // LANES))
+            all_packed[sixteens] = packed(F.pad(ints, zeros).numpy())
 
-        starts = [*range(0, n_whole, _TURNED), *range(n_whole, len(ids), _TURNED)]
-        workers.run(fill, starts)
+        workers.run(fill, range(0, len(ids), _TURNED))
         return cls(
             turn=turn,
             ids=ids.int().numpy(),
             counted=len(counted),
             scale=scale,
-            whole=whole,
-            heads=heads,
-            tails=tails,
+            packed=all_packed,
             spread=spread,
+            head=head,
         )
 
     def search(
         self,
-        ints: Int8[Tensor, "latent d_model"],
+        ints: Int8[Tensor, "latent turned"],
         count: int,
         per_std: Float[Tensor, " latent"],
         bins_per_std: int,
@@ -116,89 +104,50 @@ class SearchedVocabulary:
         `ints` are directions, turned; `per_std` makes such products standard deviations.
         """
         # late: numba takes a second to import
-        from sae.kernels.lanes import Tails
-        from viewer.index.extreme_loops import drop, extremes, no_extremes
+        from sae.kernels.lanes import LANES, Blocks
+        from viewer.index.extreme_loops import drop, extremes, keep_extremes, no_extremes
 
         found = Found.empty(len(ints), count, n_bins)
-        head = self.heads.shape[1]
-        heads, tail = ints[:, :head].contiguous(), ints[:, head:].contiguous().numpy()
-        tails = Tails.of(tail, np.ones(len(ints), np.float32))
+        blocks = Blocks.of(ints.numpy(), np.ones(len(ints), np.float32))
+        tokens = self.scale, self.packed, self.spread
         cubes, per_bin = np.zeros((2, len(ints))), (per_std * bins_per_std).numpy()
+        whole, end, n_blocks = -(-self.counted // LANES), len(self.packed), len(self.spread) - 1
         # so many of those seen first are expected among the `count` of all
-        at_first = min(count, int(np.ceil(_MARGIN * count * len(self.whole) / len(self.ids))))
+        at_first = min(count, int(np.ceil(_MARGIN * count * whole / end)))
 
         def search(start: int) -> None:
-            part = slice(start, start + _TILE_ROWS)
-            rows, room = ints[part], torch.empty(len(ints[part]) * _TILE_COLUMNS, dtype=torch.int32)
-            kept = no_extremes(len(rows), count)
-            histogram = found.histogram[part].numpy()
-            self._search_whole(rows, room, kept, count, per_bin[part], histogram, cubes[0, part])
-            if len(self.heads):
-                drop(*kept, 0, len(rows), at_first)
-                self._search_heads(heads[part], tails.part(part), room, kept, count, cubes[1, part])
+            part = slice(start, start + _ROWS)
+            kept, rows = no_extremes(len(ints[part]), count), blocks.part(part)
+            histogram = per_bin[part], found.histogram[part].numpy()
+
+            def take_in(head: int, groups: tuple[int, int], counted: int, cubes: np.ndarray) -> None:
+                keep_extremes(
+                    rows, head, tokens, self.ids, groups, counted, *histogram, *kept, count, cubes[part]
+                )
+
+            take_in(n_blocks, (0, whole), self.counted, cubes[0])
+            if self.head < n_blocks:
+                drop(*kept, 0, len(kept[2]), at_first)
+            take_in(self.head, (whole, end), 0, cubes[1])
             found.scores[part], found.ids[part] = map(torch.from_numpy, extremes(*kept, count))
             found.limits[part] = torch.from_numpy(kept[3])
 
-        workers_for(torch.get_num_threads()).run(search, range(0, len(ints), _TILE_ROWS))
-        whole, rest = torch.from_numpy(cubes) * per_std.double() ** 3
+        workers_for(torch.get_num_threads()).run(search, range(0, len(ints), _ROWS))
+        of_whole, rest = torch.from_numpy(cubes) * per_std.double() ** 3
         # a head that holds too little says less than a share of the tokens does
-        missing = self._tail_variance(tails.reach) * per_std**2
-        found.cubes[:] = whole + torch.where(
-            missing < _MISSING, rest, whole * (len(self.heads) / max(1, len(self.whole)))
+        missing = self._tail_variance(blocks.reach) * per_std**2
+        found.cubes[:] = of_whole + torch.where(
+            missing < _MISSING, rest, of_whole * (end / max(1, whole) - 1)
         )
         return found
 
     def _tail_variance(self, reach: Float32[np.ndarray, "latent edge"]) -> Float[Tensor, " latent"]:
-        """About the variance of the tails' products: coordinates of a block are even."""
-        if not len(self.heads):
+        """About the variance of the tails' products, as if the coordinates of a block were even."""
+        if self.head == len(self.spread) - 1:
             return torch.zeros(len(reach))
-        latents, tokens = torch.from_numpy(reach).square(), torch.from_numpy(self.spread).square().mean(1)
-        blocks = latents.diff(dim=1).neg(), tokens.diff().neg()
-        n_coordinates = self.whole.shape[1] - self.heads.shape[1]
-        return blocks[0] @ blocks[1] * (len(blocks[1]) / n_coordinates)
-
-    def _search_whole(
-        self,
-        ints: Tensor,
-        room: Tensor,
-        found: tuple[np.ndarray, ...],
-        count: int,
-        per_bin: np.ndarray,
-        histogram: np.ndarray,
-        cubes: np.ndarray,
-    ) -> None:
-        from viewer.index.extreme_loops import SPAN, count_bins, keep_extremes
-
-        bins, filled = np.empty((len(ints), _BINNED_SPANS + _TILE_COLUMNS // SPAN, SPAN), np.uint8), 0
-        for tile in _tiles(0, self.counted) + _tiles(self.counted, len(self.whole)):
-            products = int8_products(ints, self.whole[tile], room).numpy()
-            filled = keep_extremes(
-                products, self.scale[tile].numpy(), self.ids[tile], *found, count, cubes,
-                tile.stop <= self.counted, per_bin, histogram.shape[1], bins, filled,
-            )  # fmt: skip
-            if filled >= _BINNED_SPANS or tile.stop == len(self.whole):
-                count_bins(bins, filled, histogram)
-                filled = 0
-
-    def _search_heads(
-        self,
-        heads: Tensor,
-        tails: tuple[np.ndarray, ...],
-        room: Tensor,
-        found: tuple[np.ndarray, ...],
-        count: int,
-        cubes: np.ndarray,
-    ) -> None:
-        from sae.kernels.lanes import LANES
-        from viewer.index.head_loops import keep_extremes_of_heads
-
-        first = len(self.whole)
-        for tile in _tiles(0, len(self.heads)):
-            products = int8_products(heads, self.heads[tile], room).numpy()
-            here = slice(first + tile.start, first + tile.stop)
-            packed = self.tails[tile.start // LANES : tile.stop // LANES]
-            tokens = self.scale[here].numpy(), packed, np.ascontiguousarray(self.spread[:, tile])
-            keep_extremes_of_heads(products, tails, tokens, self.ids[here], *found, count, cubes)
+        sides = torch.from_numpy(reach).square(), torch.from_numpy(self.spread).square().mean(1)
+        latents, tokens = (side[..., self.head :].diff().neg() for side in sides)
+        return latents @ tokens * ((len(self.spread) - 1) / self.turn.shape[1])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -223,23 +172,24 @@ class Found:
         return cls(scores, ids, torch.empty(n, 2), histogram, torch.empty(n, dtype=torch.float64))
 
 
-def _tiles(start: int, stop: int) -> list[slice]:
-    return [slice(at, min(at + _TILE_COLUMNS, stop)) for at in range(start, stop, _TILE_COLUMNS)]
-
-
 def _turned(
     directions: Float64[Tensor, "d_model d_model"], covariance: Float64[Tensor, "d_model d_model"], block: int
-) -> tuple[Float[Tensor, "d_model d_model"], Float[Tensor, "d_model d_model"], int]:
-    """A^T and A^-1 for products of these moments, and how many coordinates the head has; all if in doubt."""
+) -> tuple[Float[Tensor, "d_model turned"], Float[Tensor, "d_model turned"], int]:
+    """A^T and A^-1 for products of these moments, behind zeros that make the coordinates whole blocks; and
+    how many blocks the head has, all if in doubt.
+    """
     d_model = len(covariance)
-    turn = balancing(directions, covariance)
+    zeros = -d_model % block
+    turn, head = balancing(directions, covariance), (zeros + d_model) // block
     if turn is None:
-        return torch.eye(d_model), torch.eye(d_model), d_model
-    variance = (turn @ directions @ turn.T).diagonal() ** 2
-    missing = 1 - variance.cumsum(0) / variance.sum()
-    least = int((missing > 1 - _HELD).sum()) + 1
-    head = d_model - (d_model - least) // block * block
-    if least > _LARGEST * d_model:
-        head = d_model
-    turn = evened(turn, [head] + [block] * ((d_model - head) // block))
-    return turn.T.float().contiguous(), torch.linalg.inv(turn).float(), head
+        turn = torch.eye(d_model, dtype=torch.float64)
+    else:
+        variance = (turn @ directions @ turn.T).diagonal() ** 2
+        missing = 1 - variance.cumsum(0) / variance.sum()
+        least = int((missing > 1 - _HELD).sum()) + 1
+        head = -(-(zeros + least) // block) if least <= _LARGEST * d_model else head
+        first = head * block - zeros
+        turn = evened(turn, [first] + [block] * ((d_model - first) // block))
+    sides = turn.T, torch.linalg.inv(turn)
+    turned, back = (F.pad(side.float(), (zeros, 0)) for side in sides)
+    return turned, back, head
