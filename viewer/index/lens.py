@@ -183,10 +183,12 @@ def _std(
 ) -> Float64[Tensor, " latent"]:
     """The standard deviation of each direction's logits over the vocabulary."""
     std = torch.empty(len(read), dtype=torch.float64, device=read.device)
+    # what fp32 takes away is less than what the vocabulary's own dtype took from the sums of its products
+    moments = covariance.float()
 
     def fill(start: int) -> None:
         part = read[start : start + _STD_ROWS]
-        variance = ((part.double() @ covariance) * part).sum(1)
+        variance = ((part @ moments) * part).sum(1, dtype=torch.float64)
         std[start : start + _STD_ROWS] = variance.clamp(min=0).sqrt()
 
     workers_for(torch.get_num_threads()).run(fill, range(0, len(read), _STD_ROWS))
