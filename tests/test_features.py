@@ -100,6 +100,14 @@ def test_neighbours_and_what_fires_together(run):
         assert row["count"] == len(mine & set(run.layer(0)[row["latent"]].activations()["row"]))
 
 
+def test_a_neighbour_whose_site_has_no_index_here_has_no_label(tmp_path):
+    path = fake_run(tmp_path / "run").path
+    shutil.rmtree(path / "index" / SITES[1])
+    near = viewer.open(path).layer(0)[5].neighbours()
+    assert set(near["site"]) == set(SITES) and not near.loc[near["site"] == SITES[1], "label"].any()
+    assert near.loc[near["site"] == SITES[0], "label"].all()
+
+
 def test_what_a_feature_cannot_answer_is_refused(run):
     feature = run.layer(0)[5]
     for wrong in (

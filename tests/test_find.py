@@ -7,6 +7,7 @@ from viewer_fakes import SITES, fake_run
 
 import viewer
 from sae import UserError
+from viewer.index.storage import read_tokens, write_tokens
 from viewer.tables import stem
 
 
@@ -23,6 +24,7 @@ def test_a_token_finds_the_latents_that_fire_on_it_with_exact_numbers(run):
         text = run.index.strings.of([token])[0]
         found = run.find(token=text, limit=1000)
         assert found["score"].is_monotonic_decreasing and found.equals(run.find(token=token, limit=1000))
+        assert run.find(token=token, limit=2).equals(found.head(2))
         seen = set()
         for row in found.itertuples():
             fired = every[row.site, row.latent]
@@ -38,6 +40,22 @@ def test_a_token_finds_the_latents_that_fire_on_it_with_exact_numbers(run):
         for latent, fired in every.items():
             mass = fired.loc[fired["token"] == text, "activation"].sum()
             assert mass <= fired["activation"].sum() / 11 or latent in seen
+
+
+def test_tokens_that_read_the_same_count_as_one(tmp_path):
+    path = fake_run(tmp_path / "run").path
+    write_tokens(path / "index", {i: f" word{i // 2}" for i in read_tokens(path / "index")})
+    run, of_two = viewer.open(path), 0
+    read = np.unique(run.index.texts.tokens[run.index.texts.keep]).tolist()
+    for token in (t for t in read if t % 2 == 0 and t + 1 in read):
+        parts = pd.concat([run.find(token=t, limit=1000) for t in (token, token + 1)])
+        for row in run.find(token=f" word{token // 2}", limit=1000).itertuples():
+            mine = parts[(parts["site"] == row.site) & (parts["latent"] == row.latent)]
+            of_two += len(mine) == 2
+            assert row.count == mine["count"].sum() and row.lift == mine["lift"].max()
+            assert row.share == pytest.approx(mine["share"].sum())
+            assert row.mean == pytest.approx((mine["mean"] * mine["count"]).sum() / row.count)
+    assert of_two > 0
 
 
 def test_a_token_that_is_not_there_is_refused_with_what_is(run):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+import pyarrow as pa
 from jaxtyping import Float
 from torch import Tensor
 
@@ -182,12 +183,16 @@ class Feature:
 
     def logits(self) -> pd.DataFrame:
         """Tokens its decoder row raises and lowers most: side (top, bottom), token, id, logit per unit."""
-        frames = []
-        for side in ("top", "bottom"):
-            ids, logits = self._row[f"{side}_tokens"] or [], self._row[f"{side}_logits"] or []
-            texts = self.site.index.strings.of(ids)
-            frames.append(pd.DataFrame({"side": side, "token": texts, "id": ids, "logit": logits}))
-        return pd.concat(frames, ignore_index=True)
+        ids = {side: self._row[f"{side}_tokens"] or [] for side in ("top", "bottom")}
+        both = [*ids["top"], *ids["bottom"]]
+        return pd.DataFrame(
+            {
+                "side": [side for side, some in ids.items() for _ in some],
+                "token": self.site.index.strings.of(both),
+                "id": both,
+                "logit": [*(self._row["top_logits"] or []), *(self._row["bottom_logits"] or [])],
+            }
+        )
 
     def histogram(self) -> pd.DataFrame:
         """Its activations where it fires, in logarithmic bins: lower, upper, count."""
@@ -206,25 +211,24 @@ class Feature:
         """
         if order not in ("activation", "lift"):
             raise UserError('order must be "activation" or "lift"', repr(order), "choose one of those")
-        frame = self.site.tables.drivers.of(self.latent).drop_columns(["latent"]).to_pandas()
-        frame = frame.loc[frame["order"] == order].rename(columns={"token": "id"}).reset_index(drop=True)
+        table = self.site.tables.drivers.of(self.latent)
+        table = table.filter(np.asarray(table["order"]) == order).drop_columns(["latent", "order", "rank"])
+        frame = table.rename_columns({"token": "id"}).to_pandas()
         frame.insert(0, "token", self.site.index.strings.of(frame["id"].to_numpy()))
-        return frame.drop(columns=["order", "rank"])
+        return frame
 
     def neighbours(self) -> pd.DataFrame:
         """Latents whose decoder rows point the same way: kind, site, latent, label, cosine.
 
         Kind is cosine (its own site), previous or next (the indexed layer before and after).
         """
-        found = self._related
-        frame = self._labelled(found.loc[found["kind"] != COFIRING].drop(columns=["count"]))
-        return frame.rename(columns={"value": "cosine"})
+        table = self._related.filter(np.asarray(self._related["kind"]) != COFIRING).drop_columns(["count"])
+        return self._labelled(table).rename_columns({"value": "cosine"}).to_pandas()
 
     def cofiring(self) -> pd.DataFrame:
         """Latents of its site that fire on the same tokens: site, latent, label, phi, count of those."""
-        found = self._related
-        frame = self._labelled(found.loc[found["kind"] == COFIRING].drop(columns=["kind"]))
-        return frame.rename(columns={"value": "phi"}).astype({"count": "int64"})
+        table = self._related.filter(np.asarray(self._related["kind"]) == COFIRING).drop_columns(["kind"])
+        return self._labelled(table).rename_columns({"value": "phi"}).to_pandas().astype({"count": "int64"})
 
     def neurons(self) -> pd.DataFrame:
         """The largest entries of its decoder row: neuron, value, share (of the row's L1 norm)."""
@@ -283,19 +287,21 @@ class Feature:
         return self.site.tables.firings.latent(self.latent)
 
     @functools.cached_property
-    def _related(self) -> pd.DataFrame:
+    def _related(self) -> pa.Table:
         table = self.site.tables.related.of(self.latent).drop_columns(["latent", "rank"])
-        return table.to_pandas().rename(columns={"other_site": "site", "other": "latent"})
+        return table.rename_columns({"other_site": "site", "other": "latent"})
 
-    def _labelled(self, frame: pd.DataFrame) -> pd.DataFrame:
+    def _labelled(self, table: pa.Table) -> pa.Table:
         """With a column `label`, of latents of the columns `site` and `latent`."""
-        labels = np.full(len(frame), "", dtype=object)
+        sites, latents = (table[name].to_numpy() for name in ("site", "latent"))
+        labels = np.full(len(table), "", dtype=object)
         # a neighbour's site may have been indexed elsewhere
-        for site in set(frame["site"]) & set(self.site.index.sites()):
-            here = np.flatnonzero(frame["site"] == site)
-            labels[here] = self.site.index.labels_of(site, frame["latent"].iloc[here].tolist())
-        frame.insert(list(frame).index("latent") + 1, "label", labels)
-        return frame.reset_index(drop=True)
+        for site in set(sites) & set(self.site.index.sites()):
+            here = sites == site
+            labels[here] = self.site.index.labels_of(site, latents[here].tolist())
+        return table.add_column(
+            table.column_names.index("latent") + 1, "label", pa.array(labels, pa.string())
+        )
 
     def _annotation(self, field: str) -> str:
         return self.site.index.annotations.get(self.site.name, self.latent, field)

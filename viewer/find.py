@@ -49,19 +49,13 @@ def find_token(token: str | int, index: IndexFolder, sites: Sequence[str], limit
     occurrences = int((np.isin(index.texts.tokens, wanted) & index.texts.keep).sum())
     if not occurrences:
         raise UserError("the token must be in the indexed text", repr(token), _token_hint(token, index))
+    drivers = index.each(sites, lambda site: index.site(site).all_drivers)
     frames = []
-    for site in sites:
-        drivers = index.site(site).all_drivers
-        here = np.sort(index.site(site).drivers_of.of(wanted))
-        names = ("latent", "token", "count", "share", "lift", "mean")
-        frame = pd.DataFrame({name: drivers[name][here] for name in names})
-        frame = frame.drop_duplicates(["latent", "token"]).drop(columns="token")
-        frame.insert(0, "site", site)
-        frames.append(frame)
-    found = _together(pd.concat(frames, ignore_index=True))
-    found["coverage"] = found["count"] / occurrences
-    found["score"] = 2 * found["share"] * found["coverage"] / (found["share"] + found["coverage"])
-    best = _best(found, index, limit)
+    for site, of_site in zip(sites, drivers, strict=True):
+        found = _driven(of_site, wanted, occurrences)
+        order = np.argsort(-found["score"], kind="stable")[:limit]
+        frames.append(pd.DataFrame({"site": site} | {name: column[order] for name, column in found.items()}))
+    best = _best(pd.concat(frames, ignore_index=True), index, limit)
     shown = readable(token) if isinstance(token, str) else readable(index.strings.of([token])[0])
     best["why"] = [
         f"{percent(share)} of its activation is on {shown}; fires on {percent(coverage)} of them"
@@ -87,6 +81,7 @@ def find_text(text: str, index: IndexFolder, sites: Sequence[str], limit: int) -
         _Word(word, ids, place_of(*near(index.texts, ids, _REACH).nonzero()))
         for word, ids in zip(words, tokens, strict=True)
     ]
+    index.each(sites, lambda site: index.site(site).warm())
     proofs = {site: _proof(index.site(site), index.annotations.labels(site), sought) for site in sites}
     found_anywhere = [sum(int((p[n].max(0) > 0).sum()) for p in proofs.values()) for n in range(len(words))]
     total = sum(p.shape[2] for p in proofs.values())
@@ -168,12 +163,31 @@ def _cosines(
             yield site, cosine
 
 
-def _together(found: pd.DataFrame) -> pd.DataFrame:
-    """One row a latent, where several tokens read the same."""
-    found = found.assign(mean=found["mean"].astype(np.float64) * found["count"])
-    how = {"count": "sum", "share": "sum", "lift": "max", "mean": "sum"}
-    found = found.groupby(["site", "latent"], sort=False, as_index=False).agg(how)
-    return found.assign(mean=found["mean"] / found["count"])
+def _driven(
+    drivers: Mapping[str, np.ndarray], wanted: Int[np.ndarray, " token"], occurrences: int
+) -> dict[str, np.ndarray]:
+    """The latents of a site that any of the tokens drives, in order, with the numbers of `find_token`."""
+    # looked through, not looked up: a first search would wait longer for the sorting than for the file
+    here = np.flatnonzero(np.isin(drivers["token"], wanted))
+    # a token may be there by activation and by lift
+    pair = drivers["latent"][here].astype(np.int64) << 32 | drivers["token"][here]
+    here = here[np.unique(pair, return_index=True)[1]]
+    # and several tokens may read the same
+    latent, start = np.unique(drivers["latent"][here], return_index=True)
+    count, share, mean, lift = (
+        drivers[name][here].astype(np.float64) for name in ("count", "share", "mean", "lift")
+    )
+    total, share = np.add.reduceat(count, start), np.add.reduceat(share, start)
+    coverage = total / occurrences
+    return {
+        "latent": latent,
+        "share": share,
+        "coverage": coverage,
+        "score": 2 * share * coverage / (share + coverage),
+        "lift": np.maximum.reduceat(lift, start),
+        "count": total.astype(np.int64),
+        "mean": np.add.reduceat(mean * count, start) / total,
+    }
 
 
 def _proof(
@@ -232,9 +246,10 @@ def _best(found: pd.DataFrame, index: IndexFolder, limit: int) -> pd.DataFrame:
     # filled as an array: a frame takes a millisecond for every site's part
     sites, latents = best["site"].to_numpy(), best["latent"].to_numpy()
     labels = np.full(len(best), "", object)
-    for site in set(sites) & set(index.sites()):
-        here = np.flatnonzero(sites == site)
-        labels[here] = index.labels_of(site, latents[here].tolist())
+    named = sorted(set(sites) & set(index.sites()))
+    some = index.each(named, lambda site: index.labels_of(site, latents[sites == site].tolist()))
+    for site, found_labels in zip(named, some, strict=True):
+        labels[sites == site] = found_labels
     best["label"] = labels
     return best
 

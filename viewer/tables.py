@@ -1,8 +1,10 @@
 """An index folder, read lazily: each site's tables by latent, and what the sites share."""
 
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +32,8 @@ from viewer.index.storage import (
     read_tokens,
 )
 from viewer.once import Kept, once
+
+T = TypeVar("T")
 
 SCALARS = [f.name for f in LATENTS_SCHEMA if not pa.types.is_list(f.type) and f.name != "histogram_first"]
 """The columns of latents.parquet that say something on their own."""
@@ -293,6 +297,11 @@ class IndexFolder:
         folder = self.root / name
         stamp = _stamp(folder / MANIFEST)
         return self._sites.get(name, (stamp, read_manifest(folder)), lambda: SiteTables(folder))
+
+    def each(self, sites: Sequence[str], read: Callable[[str], T]) -> list[T]:
+        """What `read` gives of each site, in their order; all processors read files."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(read, sites))
 
     @property
     def texts(self) -> Texts:

@@ -22,20 +22,22 @@ def windows(
     of one length: the tokens of the same document within the block, at most `context` either side of the
     peak, and the activation on each. `peak` becomes the peak's place in them.
     """
-    frame = examples.to_pandas()
-    block, peak = frame["block"].to_numpy(), frame["peak"].to_numpy()
+    block, peak = examples["block"].to_numpy(), examples["peak"].to_numpy()
     spans = [_span(texts.document[b], int(p), context) for b, p in zip(block, peak, strict=True)]
     flat = [texts.tokens[b, span] for b, span in zip(block, spans, strict=True)]
-    words = iter(strings.of(np.concatenate(flat or [np.zeros(0, np.int32)])))
-    frame["document"] = texts.document[block, peak]
-    frame["position"] = texts.position[block, peak]
-    frame["token"] = strings.of(texts.tokens[block, peak])
-    frame["tokens"] = [[next(words) for _ in ids] for ids in flat]
-    frame["values"] = [
-        _values(texts.row_of[b, span], *fired).tolist() for b, span in zip(block, spans, strict=True)
-    ]
-    frame["peak"] = [int(p) - span.start for p, span in zip(peak, spans, strict=True)]
-    return frame
+    words = iter(strings.of(np.concatenate([*flat, np.zeros(0, np.int32)])))
+    rows = [texts.row_of[b, span] for b, span in zip(block, spans, strict=True)]
+    values = iter(_values(np.concatenate([*rows, np.zeros(0, np.int32)]), *fired).tolist())
+    shown = {name: examples[name].to_numpy() for name in examples.column_names}
+    shown |= {
+        "document": texts.document[block, peak],
+        "position": texts.position[block, peak],
+        "token": strings.of(texts.tokens[block, peak]),
+        "tokens": [[next(words) for _ in ids] for ids in flat],
+        "values": [[next(values) for _ in ids] for ids in flat],
+        "peak": [int(p) - span.start for p, span in zip(peak, spans, strict=True)],
+    }
+    return pd.DataFrame(shown)
 
 
 def near(texts: Texts, wanted: Int[np.ndarray, " token"], reach: int) -> Bool[np.ndarray, "block pos"]:

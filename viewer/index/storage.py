@@ -37,7 +37,7 @@ DRIVERS, RELATED = "drivers.parquet", "related.parquet"
 _TEXTS_FILE = "texts.safetensors"
 _CHECKSUMS: Kept[str] = Kept()
 # readers fetch one latent: small row groups, so that Parquet's statistics skip nearly all of the file
-_ROWS_PER_GROUP = {LATENTS: 512, EXAMPLES: 4096, DRIVERS: 4096, RELATED: 8192}
+_ROWS_PER_GROUP = {LATENTS: 512, EXAMPLES: 4096, DRIVERS: 16384, RELATED: 8192}
 
 _INTS, _FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 _NEURON = pa.struct([("neuron", pa.int32()), ("value", pa.float32()), ("share", pa.float32())])
@@ -188,9 +188,11 @@ def write_tokens(root: Path, strings: Mapping[int, str]) -> None:
 
 def write_table(path: Path, table: pa.Table, *, rows_per_group: int = 65536) -> None:
     """Writes a Parquet file atomically. Raises UserError when the disk refuses."""
+    # lz4 is read in half the time of zstd, and takes the same room where only words have a dictionary
+    words = [field.name for field in table.schema if pa.types.is_string(field.type)]
+    how: dict[str, Any] = {"compression": "lz4", "use_dictionary": words}
     atomic_write(
-        path,
-        lambda temporary: pq.write_table(table, temporary, row_group_size=rows_per_group, compression="zstd"),
+        path, lambda temporary: pq.write_table(table, temporary, row_group_size=rows_per_group, **how)
     )
 
 
