@@ -30,8 +30,9 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-def of_ahead():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("jumpscope-ahead")]
+def beside():
+    names = ("jumpscope-ahead", "jumpscope-writer")
+    return [thread for thread in threading.enumerate() if thread.name.startswith(names)]
 
 
 def test_one_item_is_made_ahead_and_no_more():
@@ -52,7 +53,7 @@ def test_one_item_is_made_ahead_and_no_more():
             assert begun == [(n, 3) for n in range(min(item + 2, 4))]
         with pytest.raises(IndexError):
             made.take()
-    assert not of_ahead()
+    assert not beside()
     torch.set_num_threads(before)
 
 
@@ -91,7 +92,7 @@ def test_an_error_waits_until_its_item_is_asked_for(threads):
         assert made.take() == 0
         with pytest.raises(MemoryError, match="of item 1"):
             made.take()
-    assert not of_ahead()
+    assert not beside()
 
 
 def test_to_leave_stops_the_steps_where_they_yield():
@@ -111,7 +112,7 @@ def test_to_leave_stops_the_steps_where_they_yield():
         # once the block has been left
         threading.Timer(0.2, go_on.set).start()
         raise KeyboardInterrupt
-    assert not late and not of_ahead()
+    assert not late and not beside()
 
 
 def test_the_files_are_the_same_whatever_the_threads(threads, tmp_path):
@@ -131,38 +132,60 @@ def build_again(out):
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
-def test_what_ends_one_site_while_the_next_is_made_ends_the_build(error, two_threads, tmp_path, monkeypatch):
-    next_begun, tables, prepare = (
-        threading.Event(),
-        viewer.index.build.make_tables,
-        viewer.index.build.prepare_site,
-    )
+@pytest.mark.parametrize(("step", "begun"), [("read_logits", SITES[0]), ("make_tables", SITES[1])])
+def test_what_ends_one_step_while_another_runs_ends_the_build(
+    error, step, begun, two_threads, tmp_path, monkeypatch
+):
+    met, prepare = threading.Event(), viewer.index.build.prepare_site
 
-    def tables_fail(common, site, known):
-        assert next_begun.wait(10)
-        raise error(site)
+    def fails(*args):
+        assert met.wait(10)
+        raise error(step)
 
     def prepare_tells(dictionaries, between, site, found):
-        if site == SITES[1]:
-            next_begun.set()
+        if site == begun:
+            met.set()
         return prepare(dictionaries, between, site, found)
 
-    monkeypatch.setattr(viewer.index.build, "make_tables", tables_fail)
+    monkeypatch.setattr(viewer.index.build, step, fails)
     monkeypatch.setattr(viewer.index.build, "prepare_site", prepare_tells)
-    with pytest.raises(error, match=SITES[0]):
+    with pytest.raises(error, match=step):
         build_again(tmp_path / "out")
-    assert not of_ahead() and not list(tmp_path.rglob("*.tmp"))
+    assert not beside() and not list(tmp_path.rglob("*.tmp"))
     assert not any((tmp_path / "out" / site / MANIFEST).exists() for site in SITES)
-    monkeypatch.setattr(viewer.index.build, "make_tables", tables)
+    monkeypatch.undo()
     build_again(tmp_path / "out")
     build(tmp_path / "whole", numbered())
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
+def test_a_site_is_labelled_while_the_next_ones_logits_are_read(two_threads, tmp_path, monkeypatch):
+    reading, labelling = [threading.Event() for _ in SITES], [threading.Event() for _ in SITES]
+    read, make = viewer.index.build.read_logits, viewer.index.build.make_tables
+
+    def read_tells(common, site):
+        at = SITES.index(site)
+        reading[at].set()
+        assert at == 0 or labelling[at - 1].wait(10)
+        return read(common, site)
+
+    def make_tells(common, known, logits):
+        at = sum(event.is_set() for event in labelling)
+        labelling[at].set()
+        assert at + 1 == len(SITES) or reading[at + 1].wait(10)
+        assert torch.get_num_threads() == 2
+        return make(common, known, logits)
+
+    monkeypatch.setattr(viewer.index.build, "read_logits", read_tells)
+    monkeypatch.setattr(viewer.index.build, "make_tables", make_tells)
+    build(tmp_path / "out")
+    assert all(event.is_set() for event in labelling)
+
+
 def test_an_error_in_the_next_site_leaves_the_one_before_whole(threads, tmp_path, monkeypatch):
-    gather, tables, failed = (
+    gather, read, failed = (
         viewer.index.build.gather_evidence,
-        viewer.index.build.make_tables,
+        viewer.index.build.read_logits,
         threading.Event(),
     )
     asked = []
@@ -174,15 +197,15 @@ def test_an_error_in_the_next_site_leaves_the_one_before_whole(threads, tmp_path
             raise MemoryError("of the second site")
         return gather(*args, **kwargs)
 
-    def tables_wait(common, site, known):
-        assert threads == 1 or failed.wait(10)
-        return tables(common, site, known)
+    def read_waits(common, site):
+        assert threads == 1 or site == SITES[0] or failed.wait(10)
+        return read(common, site)
 
     monkeypatch.setattr(viewer.index.build, "gather_evidence", gather_fails)
-    monkeypatch.setattr(viewer.index.build, "make_tables", tables_wait)
+    monkeypatch.setattr(viewer.index.build, "read_logits", read_waits)
     with pytest.raises(MemoryError, match="second"):
         build_again(tmp_path / "out")
-    assert not of_ahead()
+    assert not beside()
     read_manifest(tmp_path / "out" / SITES[0], finished=False)
     assert not (tmp_path / "out" / SITES[1] / MANIFEST).exists()
     monkeypatch.undo()

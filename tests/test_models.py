@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CONFIGS, plain_model, tiny_tokenizer, wrapped_model
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from activations.collector import resting_collector
 from activations.models import LanguageModel, load_model, model_shape
@@ -169,6 +169,23 @@ def test_byte_level_tokens_read_as_they_decode(tiny_model: LanguageModel) -> Non
     assert tiny_model.token_strings(tiny_model.encode("é")) == ["<0xC3>", "<0xA9>"]
     assert tiny_model.token_strings([2, 9999]) == ["<bos>", "<9999>"]
     assert tiny_model.token_strings([]) == []
+
+
+class SlowTokenizer(PreTrainedTokenizerFast):
+    """One that transformers keeps in Python."""
+
+    @property
+    def backend_tokenizer(self):
+        return None
+
+
+def test_tokens_read_the_same_where_transformers_decodes_them() -> None:
+    fast, slow = tiny_tokenizer(), tiny_tokenizer()
+    slow.__class__ = SlowTokenizer
+    ids, model = range(len(fast) + 1), plain_model("gpt2")
+    strings = LanguageModel("fast", model, fast).token_strings(ids)
+    assert len(set(strings)) > 100
+    assert LanguageModel("slow", model, slow).token_strings(ids) == strings
 
 
 def test_the_tokenizer_hash_tells_tokenizers_apart(tiny_model: LanguageModel) -> None:

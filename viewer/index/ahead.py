@@ -26,8 +26,7 @@ class OneAhead(Generic[Item, Made]):
         self, steps: Callable[[Item], Generator[None, None, Made]], items: Sequence[Item], threads: int
     ) -> None:
         self._steps, self._items, self._left = steps, iter(items), threading.Event()
-        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        self._pool = ThreadPoolExecutor(1, "jumpscope-ahead", _be, (threads, gpu)) if threads > 1 else None
+        self._pool = thread_beside("ahead", threads) if threads > 1 else None
 
     def __enter__(self) -> "OneAhead[Item, Made]":
         self._coming = self._next()
@@ -65,6 +64,12 @@ class OneAhead(Generic[Item, Made]):
                 except StopIteration as end:
                     return end.value
         raise CancelledError
+
+
+def thread_beside(name: str, threads: int) -> ThreadPoolExecutor:
+    """A thread that does one thing after another, on the caller's GPU and with as many of torch's threads."""
+    gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    return ThreadPoolExecutor(1, f"jumpscope-{name}", _be, (threads, gpu))
 
 
 def _be(threads: int, gpu: int | None) -> None:

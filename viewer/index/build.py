@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,13 +25,22 @@ from sae.kernels.workers import workers_for
 from sae.sparse import SparseEncoder, SparseLatents
 from viewer.index import storage
 from viewer.index.adjacent import Between
-from viewer.index.ahead import OneAhead
+from viewer.index.ahead import OneAhead, thread_beside
 from viewer.index.evidence import DENSE, TextRows, gather_evidence
 from viewer.index.histogram import BINS_PER_OCTAVE, histogram_edges
 from viewer.index.lens import Vocabulary
 from viewer.index.parts import PASS, Parts
 from viewer.index.share import Share
-from viewer.index.site_tables import Common, Site, TokenStrings, lowest_activation, make_tables, prepare_site
+from viewer.index.site_tables import (
+    Common,
+    Logits,
+    Site,
+    TokenStrings,
+    lowest_activation,
+    make_tables,
+    prepare_site,
+    read_logits,
+)
 from viewer.index.storage import LATENTS
 from viewer.index.words import Reading
 
@@ -202,26 +211,19 @@ class IndexBuilder:
         to_make = [site for site in self.own if not self._is_written(site, checksum)]
         strings = TokenStrings(self.model.token_strings)
         strings.add(rows.texts.tokens)
-        common = Common(
-            model=self.model,
-            dictionaries=self.dictionaries,
-            # of all sites: it decides which arithmetic finds a latent's tokens
-            vocabulary=Vocabulary.of(self.model, sum(d.cfg.d_sae for d in self.dictionaries.values())),
-            strings=strings,
-            reading=Reading.of(rows.texts, strings),
-        )
         between = Between(self.dictionaries, to_make)
         threads = workers_for(torch.get_num_threads()).threads
-        # while a site is written, the tables of the next are made and what is known of the one after that is
-        # gathered: some of each is done by one core alone
+        # while a site is labelled and written, the logits of the next are read and what else is known of it
+        # is gathered: some of each is done by one core alone
         with (
-            ThreadPoolExecutor(max_workers=1) as writer,
+            thread_beside("writer", threads) as writer,
             OneAhead(lambda site: self._gather(site, rows, between), to_make, threads) as gathered,
         ):
+            common = self._common(rows, strings)
             for site in self.own:
-                work = self._make(site, rows, checksum, common, gathered) if site in to_make else None
+                work = (read_logits(common, site), gathered.take()) if site in to_make else None
                 wait(writing)
-                writing = writer.submit(self._write_site, site, work)
+                writing = writer.submit(self._write_site, site, checksum, common, work)
                 del work  # it is let go of once it is written
             wait(writing)
         self._ranks.share("the sites of the index", None)
@@ -250,27 +252,15 @@ class IndexBuilder:
         )
         return (yield from prepare_site(self.dictionaries, between, site, found))
 
-    def _make(
-        self, site: str, rows: TextRows, checksum: str, common: Common, gathered: OneAhead[str, Site]
-    ) -> dict[str, Any]:
-        """What `storage.write_site` takes."""
-        known = gathered.take()
-        tables, facts = make_tables(common, site, known)
-        found = known.found
-        cfg, states = self.dictionaries[site].cfg, found.latents["state"]
-        manifest = {
-            **self._identity(site, checksum),
-            "site_in": cfg.site_in or site,
-            "site_out": cfg.site_out or site,
-            "d_sae": cfg.d_sae,
-            "corpus": self._text.get("corpus") or cfg.corpus,
-            "tokens": len(rows),
-            "histogram": {"bins_per_octave": BINS_PER_OCTAVE, "lowest_edge": float(histogram_edges()[0])},
-            "dense_above": DENSE,
-            "states": {state: int((states == state).sum()) for state in ("live", "silent", "dense")},
-            **facts,
-        }
-        return {"firings": found.firings, "tables": tables, "manifest": manifest}
+    def _common(self, rows: TextRows, strings: TokenStrings) -> Common:
+        return Common(
+            model=self.model,
+            dictionaries=self.dictionaries,
+            # of all sites: it decides which arithmetic finds a latent's tokens
+            vocabulary=Vocabulary.of(self.model, sum(d.cfg.d_sae for d in self.dictionaries.values())),
+            strings=strings,
+            reading=Reading.of(rows.texts, strings),
+        )
 
     def _identity(self, site: str, checksum: str) -> dict[str, Any]:
         """What decides all that a site's index says."""
@@ -297,11 +287,28 @@ class IndexBuilder:
             return False
         return self._identity(site, checksum).items() <= manifest.items()
 
-    def _write_site(self, site: str, work: dict[str, Any] | None) -> int:
-        """Writes a site; returns how many latents it has."""
-        if work is not None:
-            storage.write_site(self.out / site, **work)
-        return self.dictionaries[site].cfg.d_sae
+    def _write_site(self, site: str, checksum: str, common: Common, work: tuple[Logits, Site] | None) -> int:
+        """Labels and writes a site; returns how many latents it has."""
+        cfg = self.dictionaries[site].cfg
+        if work is None:
+            return cfg.d_sae
+        logits, known = work
+        tables, facts = make_tables(common, known, logits)
+        states = known.found.latents["state"]
+        manifest = {
+            **self._identity(site, checksum),
+            "site_in": cfg.site_in or site,
+            "site_out": cfg.site_out or site,
+            "d_sae": cfg.d_sae,
+            "corpus": self._text.get("corpus") or cfg.corpus,
+            "tokens": self.rows,
+            "histogram": {"bins_per_octave": BINS_PER_OCTAVE, "lowest_edge": float(histogram_edges()[0])},
+            "dense_above": DENSE,
+            "states": {state: int((states == state).sum()) for state in ("live", "silent", "dense")},
+            **facts,
+        }
+        storage.write_site(self.out / site, firings=known.found.firings, tables=tables, manifest=manifest)
+        return cfg.d_sae
 
     def _write_tokens(self, strings: TokenStrings) -> None:
         """The text of all tokens that the index names, those of sites from an earlier build too."""

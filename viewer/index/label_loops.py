@@ -95,6 +95,18 @@ def sum_on_sets(starts, row, activation, key, document, sets, n_keys, mass, coun
 
 
 @compiled
+def mark_above(starts, activation, least, kept, counts):
+    """Whether each firing of some latents is above the latent's `least`, and how many of them are."""
+    for i in range(len(least)):
+        number = 0
+        for f in range(starts[i], starts[i + 1]):
+            above = activation[f] > least[i]
+            kept[f] = above
+            number += above
+        counts[i] = number
+
+
+@compiled
 def list_near(word, document, near, counts):
     """Lists the words at each row and before it in its document, as far back as `near` [row, some] has room.
 

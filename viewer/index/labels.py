@@ -168,8 +168,7 @@ class _Best(NamedTuple):
 
 
 def _best(firings: Firings, reading: Reading, raised: Int[np.ndarray, "latent rank"] | None) -> _Best:
-    total = np.diff(np.append(0.0, np.cumsum(firings.activation, dtype=np.float64))[firings.starts])
-    total = np.maximum(total, np.finfo(np.float64).tiny)
+    total = np.maximum(_each(np.add, firings, np.float64), np.finfo(np.float64).tiny)
     candidates = [c for view in reading.views for c in _of_view(view, firings, reading, total)]
     words = next(c for c in candidates if c.kind == "list of words" and c.length == _MIXED)
     tokens = next(c for c in candidates if c.kind == "token")
@@ -181,20 +180,28 @@ def _best(firings: Firings, reading: Reading, raised: Int[np.ndarray, "latent ra
     return _Best([candidates[n] if there else None for n, there in best], words, tokens, total)
 
 
+def _each(ufunc: np.ufunc, firings: Firings, dtype: type) -> np.ndarray:
+    """The sum or the like of each latent's activations; 0 where there are none."""
+    found, fired = np.zeros(len(firings), dtype), np.diff(firings.starts) > 0
+    # a latent that never fires ends where it begins, so the others' lists are whole
+    found[fired] = ufunc.reduceat(firings.activation, firings.starts[:-1][fired], dtype=dtype)
+    return found
+
+
 def _strong(firings: Firings, which: Bool[np.ndarray, " latent"]) -> Firings:
     """The firings of some latents that are above half of the latent's highest."""
-    starts, number = firings.starts, np.diff(firings.starts)
-    half = np.full(len(firings), np.inf, np.float32)
-    fired = number > 0
-    # a latent that never fires ends where it begins, so the others' lists are whole
-    half[fired] = np.maximum.reduceat(firings.activation, starts[:-1][fired]) / 2
-    half[~which] = np.inf
-    kept = firings.activation > np.repeat(half, number)
-    return Firings(
-        starts=np.append(0, np.cumsum(kept, dtype=np.int64))[starts],
-        row=firings.row[kept],
-        activation=firings.activation[kept],
-    )
+    from viewer.index.label_loops import mark_above
+
+    least = np.where(which, _each(np.maximum, firings, np.float32) / 2, np.inf).astype(np.float32)
+    kept, counts = np.empty(len(firings.row), bool), np.zeros(len(firings), np.int64)
+
+    def some(first: int) -> None:
+        span = slice(first, first + _LATENTS)
+        mark_above(firings.starts[first : span.stop + 1], firings.activation, least[span], kept, counts[span])
+
+    workers_for(torch.get_num_threads()).run(some, range(0, len(firings), _LATENTS))
+    starts = np.append(0, np.cumsum(counts))
+    return Firings(starts=starts, row=firings.row[kept], activation=firings.activation[kept])
 
 
 def _of_view(view: View, firings: Firings, reading: Reading, total: np.ndarray) -> list[_Candidate]:

@@ -37,6 +37,8 @@ from viewer.index.storage import (
 from viewer.index.words import Reading
 
 LOGITS = 10
+Logits = tuple[dict[str, np.ndarray], dict[str, Any]]
+"""Columns of `LATENTS`, and what the manifest says of them."""
 _RESIDUAL_KINDS = ("hook_resid_pre", "hook_resid_mid", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
 
@@ -118,20 +120,22 @@ def prepare_site(
 
 
 @torch.inference_mode()
-def make_tables(common: Common, site: str, known: Site) -> tuple[dict[str, pa.Table], dict[str, Any]]:
-    """A table of each of `storage.SCHEMAS`, and what the manifest says of them.
-
-    A dictionary that does not write to the residual stream has no logits.
-    """
-    model, dictionary, found = common.model, common.dictionaries[site], known.found
-    latents, facts = dict(known.latents), dict(known.facts)
-    if _speaks(dictionary, site, model):
-        logits = top_logits(model, dictionary.W_dec, count=LOGITS, vocabulary=common.vocabulary)
-        latents |= _logit_columns(logits)
-        facts |= {"logits": LOGITS, "logit_histogram_edges": logit_histogram_edges().tolist()}
-    else:
+def read_logits(common: Common, site: str) -> Logits:
+    """The tokens that a site's decoder rows speak for, if they go to the residual stream."""
+    model, dictionary = common.model, common.dictionaries[site]
+    if not _speaks(dictionary, site, model):
         none = np.zeros((dictionary.cfg.d_sae, 0), np.int32)
-        latents |= {f"{side}_{name}": none for side in ("top", "bottom") for name in ("tokens", "logits")}
+        return {f"{side}_{name}": none for side in ("top", "bottom") for name in ("tokens", "logits")}, {}
+    found = top_logits(model, dictionary.W_dec, count=LOGITS, vocabulary=common.vocabulary)
+    return _logit_columns(found), {
+        "logits": LOGITS,
+        "logit_histogram_edges": logit_histogram_edges().tolist(),
+    }
+
+
+def make_tables(common: Common, known: Site, logits: Logits) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    """A table of each of `storage.SCHEMAS`, and what the manifest says of them."""
+    found, latents, facts = known.found, {**known.latents, **logits[0]}, {**known.facts, **logits[1]}
     top = latents["top_tokens"] if facts["logits"] else None
     common.strings.add(latents["top_tokens"])
     common.strings.add(latents["bottom_tokens"])
