@@ -16,8 +16,8 @@ HEAD, TAIL = 72, 128
 WORKERS = workers_for(2)
 PLAIN, BALANCED = cpu_forward.Forward, cpu_balanced.BalancedForward
 
-pytestmark = pytest.mark.skipif(
-    not int8_is_fast(torch.device("cpu")), reason="without VNNI sums of integer products may overflow"
+balances = pytest.mark.skipif(
+    not int8_is_fast(torch.device("cpu")), reason="encoders are balanced where a processor multiplies bytes"
 )
 
 
@@ -97,6 +97,7 @@ def small_heads(monkeypatch):
     monkeypatch.setattr(cpu_forward, "_WASTE", dict.fromkeys((torch.bfloat16, None), 1e-9))
 
 
+@balances
 @pytest.mark.parametrize("at_the_edge", [False, True])
 @pytest.mark.parametrize(
     "make",
@@ -199,6 +200,7 @@ def check(x, encoder, turn):
     assert all(row in found[row] for row in range(len(encoder)))
 
 
+@balances
 def test_an_encoder_is_balanced_once_it_has_seen_rows_enough(monkeypatch):
     g = torch.Generator().manual_seed(1)
     x = rows_like_a_residual_stream(g)
@@ -207,6 +209,7 @@ def test_an_encoder_is_balanced_once_it_has_seen_rows_enough(monkeypatch):
     assert ways(dictionary_for(x, g, fires=0.01), [x] * 4) == [PLAIN] * 2 + [BALANCED] * 2
 
 
+@balances
 def test_a_few_rows_are_no_sample_to_choose_a_head_on(monkeypatch):
     g = torch.Generator().manual_seed(1)
     x = rows_like_a_residual_stream(g)
@@ -223,6 +226,7 @@ def test_what_costs_much_to_balance_waits_for_more_rows():
     assert cpu_balanced.Balancing(4096, 640)._over and cpu_balanced.Balancing(16_384, 2304)._over
 
 
+@balances
 @pytest.mark.parametrize("made_in", [False, True])
 def test_an_encoder_may_be_made_in_inference_mode_and_used_outside(made_in, monkeypatch):
     g = torch.Generator().manual_seed(1)
@@ -239,6 +243,7 @@ def test_an_encoder_may_be_made_in_inference_mode_and_used_outside(made_in, monk
     assert all(torch.equal(lists.activation, found[0].activation) for lists in found)
 
 
+@balances
 def test_what_saves_nothing_is_left_alone(monkeypatch):
     g = torch.Generator().manual_seed(1)
     noise, stream = rows_of_noise(g), rows_like_a_residual_stream(g)
@@ -252,6 +257,7 @@ def test_what_saves_nothing_is_left_alone(monkeypatch):
     assert ways(dictionary, [dictionary.b_dec.expand(N, -1)] * 3) == [PLAIN] * 3
 
 
+@balances
 def test_balanced_screens_are_given_up_for_rows_of_another_kind(monkeypatch):
     g = torch.Generator().manual_seed(1)
     x = rows_like_a_residual_stream(g)

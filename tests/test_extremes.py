@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae.kernels.int8 import int8_is_fast, quantised
+from sae.kernels.int8 import quantised
 from sae.kernels.lanes import BLOCK, LANES, OFFSET, Blocks, packed
 from viewer.index import extremes, lens
 from viewer.index.extreme_loops import extremes as kept
@@ -14,10 +14,6 @@ from viewer.index.lens import Vocabulary, top_logits
 
 SIZES = [(1, 1), (3, 63), (2, 64), (70, 129), (5, 300), (4, 9000)]
 COUNT, BINS = 12, 41
-
-exact_products = pytest.mark.skipif(
-    not int8_is_fast(torch.device("cpu")), reason="without VNNI sums of integer products may overflow"
-)
 
 
 class End:
@@ -206,7 +202,6 @@ def has_head(vocabulary):
     return 0 < vocabulary.head < len(vocabulary.spread) - 1
 
 
-@exact_products
 @pytest.mark.parametrize("crowded", [False, True])
 @pytest.mark.parametrize(
     ("d_model", "falls", "head", "every"), [(192, 2, 2, 8), (192, 3, 2, 23), (256, 6, 1, 8), (200, 3, 2, 23)]
@@ -240,7 +235,6 @@ def test_tails_that_are_parallel_reach_as_far_as_their_norms(sign, last):
         assert r in found and values[r, side, found.index(r)] == best[r]
 
 
-@exact_products
 @pytest.mark.parametrize("n", [1, 69, 150])
 def test_a_search_by_heads_takes_any_number_of_directions_and_small_tiles(n, monkeypatch):
     end = End()
@@ -254,7 +248,6 @@ def test_a_search_by_heads_takes_any_number_of_directions_and_small_tiles(n, mon
     torch.testing.assert_close(tiled.cubes, whole.cubes, rtol=1e-4, atol=1e-3)
 
 
-@exact_products
 @pytest.mark.parametrize("count", [1, 60, 700, 2000])
 def test_more_may_be_wanted_than_the_first_tokens_hold(count):
     end = End(d_vocab=2100)
@@ -277,7 +270,6 @@ def test_the_variance_of_what_heads_lack_is_known_well_enough():
     assert 0.5 < (found / exact).min() < (found / exact).max() < 1.5
 
 
-@exact_products
 def test_tokens_that_are_the_more_extreme_the_later_they_come_are_found():
     """What is held overflows again and again."""
     end = End()
@@ -289,7 +281,6 @@ def test_tokens_that_are_the_more_extreme_the_later_they_come_are_found():
     assert (n_found[8:] == COUNT).all()
 
 
-@exact_products
 def test_a_vocabulary_without_main_directions_is_multiplied_whole():
     end = End(falls=0)
     vocabulary = searched(end)
@@ -303,7 +294,6 @@ def test_a_vocabulary_without_main_directions_is_multiplied_whole():
     torch.testing.assert_close(found.cubes, cubes, rtol=1e-3, atol=0.1)
 
 
-@exact_products
 def test_a_search_in_integers_gives_the_same_bits_on_one_thread_and_on_two(monkeypatch):
     monkeypatch.setattr(extremes, "_ROWS", 16)
     end, threads, results = End(), torch.get_num_threads(), []
