@@ -211,9 +211,14 @@ class LanguageModel:
         """Logits from hidden states after the final norm, with the model's soft capping."""
         return self.cap_logits(F.linear(hidden, self.W_U.T, self.b_U))
 
+    @property
+    def _backend(self) -> Any:
+        """The tokenizer itself, behind that of transformers; None where that is all there is."""
+        return getattr(self.tokenizer, "backend_tokenizer", None)
+
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """Token ids of a text, with BOS in front only when asked for (and when the model has one)."""
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        backend = self._backend
         if backend is None:
             ids = self.tokenizer.encode(text, add_special_tokens=False)
         else:  # straight to the tokenizer: transformers would warn about every text longer than the context
@@ -225,7 +230,7 @@ class LanguageModel:
         # decoded behind another token, since decoders drop the space in front of a text
         anchor = self.encode("a")[-1]
         pairs = [[anchor], *([anchor, int(token)] for token in ids)]
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        backend = self._backend
         if backend is None:
             texts = self.tokenizer.batch_decode(pairs, clean_up_tokenization_spaces=False)
         else:  # straight to the tokenizer: transformers takes eight times as long

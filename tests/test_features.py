@@ -121,11 +121,7 @@ def test_what_a_feature_cannot_answer_is_refused(run):
 
 def test_figures_are_made_for_every_latent_and_carry_no_markup(run):
     for feature in run.layer(0):
-        figures = [
-            feature.plot_logits(),
-            feature.plot_drivers(),
-            *([feature.plot_histogram()] if feature.firings else []),
-        ]
+        figures = [feature.plot_logits(), feature.plot_drivers(), feature.plot_histogram()]
         assert all("<script" not in figure.to_json() and "<img" not in figure.to_json() for figure in figures)
     assert len(run.layer(0).plot_density().data) == 1
 
@@ -182,6 +178,7 @@ def test_a_silent_latent_shows_itself_too(run):
     assert (feature.density, feature.max, len(feature.examples()), len(feature.histogram())) == (0, 0, 0, 0)
     assert len(feature.drivers()) == len(feature.activations()) == 0 and feature.state == "silent"
     assert "never fires" in repr(feature) and "never fired" in feature._repr_html_()
+    assert "never fired" in feature.plot_histogram().layout.xaxis.title.text
 
 
 def test_the_overview_has_a_row_a_site_with_or_without_an_eval(run, tmp_path):
@@ -194,7 +191,7 @@ def test_the_overview_has_a_row_a_site_with_or_without_an_eval(run, tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"run\.json"):
+    with pytest.raises(UserError, match=r"run\.json.*texts/manifest\.json.*neither.*the same command"):
         viewer.open(tmp_path)
 
 

@@ -31,9 +31,13 @@ def histogram(frame: pd.DataFrame) -> go.Figure:
             hovertemplate="%{customdata[0]:.3~g} to %{customdata[1]:.3~g}: %{y} tokens<extra></extra>",
         )
     )
-    decades = math.log10(frame["upper"].iloc[-1] / frame["lower"].iloc[0])
-    # 1, 2 and 5 in each decade while there is room for their labels
-    figure.update_xaxes(type="log", title="activation", dtick="D2" if decades < 2.5 else 1, tickformat="~s")
+    if len(frame):
+        decades = math.log10(frame["upper"].iloc[-1] / frame["lower"].iloc[0])
+        # 1, 2 and 5 in each decade while there is room for their labels
+        dtick = "D2" if decades < 2.5 else 1
+        figure.update_xaxes(type="log", title="activation", dtick=dtick, tickformat="~s")
+    else:
+        figure.update_xaxes(title="activation (it never fired here)", showticklabels=False)
     figure.update_yaxes(title="tokens")
     return _plain(figure, 220)
 

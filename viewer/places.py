@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from sae.errors import UserError
 from train.run_folder import RUN, RunFolder
 
 MANIFEST, TEXTS = "manifest.json", "texts"
@@ -30,5 +31,12 @@ def find_place(path: Path | str) -> Place:
                 break
             if (index / TEXTS / MANIFEST).is_file():
                 return Place(home, index, None)
+        else:
+            raise UserError(
+                f"a run must hold {RUN}, and an index {TEXTS}/{MANIFEST}",
+                f"neither in {path}",
+                "give the folder that `jumpscope train` or `jumpscope index` made; what was cut off goes on "
+                "with the same command",
+            )
     folder = RunFolder.open(path)
     return Place(folder.path, folder.path / "index", folder)

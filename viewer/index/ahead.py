@@ -67,7 +67,7 @@ class OneAhead(Generic[Item, Made]):
 
 
 def thread_beside(name: str, threads: int) -> ThreadPoolExecutor:
-    """A thread that does one thing after another, on the caller's GPU and with as many of torch's threads."""
+    """A pool of one thread that runs torch with `threads` of them, and on the caller's GPU."""
     gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     return ThreadPoolExecutor(1, f"jumpscope-{name}", _be, (threads, gpu))
 

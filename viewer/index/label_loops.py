@@ -96,7 +96,11 @@ def sum_on_sets(starts, row, activation, key, document, sets, n_keys, mass, coun
 
 @compiled
 def mark_above(starts, activation, least, kept, counts):
-    """Whether each firing of some latents is above the latent's `least`, and how many of them are."""
+    """For some latents, which of their firings are above `least` [latent], and how many of each.
+
+    `starts` is their part of that of `Firings`; `kept` bool [firing], of all firings, takes the first and
+    `counts` int64 [latent] the second.
+    """
     for i in range(len(least)):
         number = 0
         for f in range(starts[i], starts[i + 1]):

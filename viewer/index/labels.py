@@ -168,7 +168,7 @@ class _Best(NamedTuple):
 
 
 def _best(firings: Firings, reading: Reading, raised: Int[np.ndarray, "latent rank"] | None) -> _Best:
-    total = np.maximum(_each(np.add, firings, np.float64), np.finfo(np.float64).tiny)
+    total = np.maximum(_per_latent(np.add, firings, np.float64), np.finfo(np.float64).tiny)
     candidates = [c for view in reading.views for c in _of_view(view, firings, reading, total)]
     words = next(c for c in candidates if c.kind == "list of words" and c.length == _MIXED)
     tokens = next(c for c in candidates if c.kind == "token")
@@ -180,8 +180,8 @@ def _best(firings: Firings, reading: Reading, raised: Int[np.ndarray, "latent ra
     return _Best([candidates[n] if there else None for n, there in best], words, tokens, total)
 
 
-def _each(ufunc: np.ufunc, firings: Firings, dtype: type) -> np.ndarray:
-    """The sum or the like of each latent's activations; 0 where there are none."""
+def _per_latent(ufunc: np.ufunc, firings: Firings, dtype: type) -> Float[np.ndarray, " latent"]:
+    """`ufunc` over each latent's activations, as their sum or the largest; 0 where there are none."""
     found, fired = np.zeros(len(firings), dtype), np.diff(firings.starts) > 0
     # a latent that never fires ends where it begins, so the others' lists are whole
     found[fired] = ufunc.reduceat(firings.activation, firings.starts[:-1][fired], dtype=dtype)
@@ -192,7 +192,7 @@ def _strong(firings: Firings, which: Bool[np.ndarray, " latent"]) -> Firings:
     """The firings of some latents that are above half of the latent's highest."""
     from viewer.index.label_loops import mark_above
 
-    least = np.where(which, _each(np.maximum, firings, np.float32) / 2, np.inf).astype(np.float32)
+    least = np.where(which, _per_latent(np.maximum, firings, np.float32) / 2, np.inf).astype(np.float32)
     kept, counts = np.empty(len(firings.row), bool), np.zeros(len(firings), np.int64)
 
     def some(first: int) -> None:
